@@ -1,0 +1,48 @@
+"""One image's annotations and predictions."""
+from __future__ import annotations
+
+from mmengine.structures import BaseDataElement, InstanceData
+
+__all__ = ["InstanceData", "Sample"]
+
+
+class Sample(BaseDataElement):
+    """What is known and predicted about one image.
+
+    Law: `gt_instances`, `ignored_instances` and `pred_instances` are `InstanceData`, whose fields all have the same length.
+
+    Fields:
+        gt_instances: `bboxes` [N, 4] (x1, y1, x2, y2) in pixels of the *network input*, `labels` [N] int64, and where the
+            pipeline loads them `masks` [N, h, w] bool.
+        ignored_instances: the same for crowd regions: neither object nor background.
+        pred_instances: `bboxes` [N, 4] in pixels of the *original image*, `scores` [N] descending, `labels` [N].
+
+    Meta information (attributes set through `set_metainfo`):
+        img_id, img_path; ori_shape (h, w) of the file; img_shape (h, w) of the network input without padding;
+        scale_factor (x, y), input over original; flip (bool) and flip_direction;
+        annotations: the image's ground truth in *original* pixels, as the dataset gives it; what metrics compare with.
+    """
+
+    @property
+    def gt_instances(self) -> InstanceData:
+        return self._gt_instances
+
+    @gt_instances.setter
+    def gt_instances(self, value: InstanceData) -> None:
+        self.set_field(value, "_gt_instances", dtype=InstanceData)
+
+    @property
+    def ignored_instances(self) -> InstanceData:
+        return self._ignored_instances
+
+    @ignored_instances.setter
+    def ignored_instances(self, value: InstanceData) -> None:
+        self.set_field(value, "_ignored_instances", dtype=InstanceData)
+
+    @property
+    def pred_instances(self) -> InstanceData:
+        return self._pred_instances
+
+    @pred_instances.setter
+    def pred_instances(self, value: InstanceData) -> None:
+        self.set_field(value, "_pred_instances", dtype=InstanceData)
