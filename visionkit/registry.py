@@ -6,13 +6,13 @@ are children of mmengine's where mmengine has one, so its Runner finds our compo
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import difflib
+import functools
 import importlib.metadata
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +66,11 @@ class Registry(mm.Registry):
     Args:
         kind: what an error calls one member, such as `backbone`.
         parent: mmengine's registry of the same kind, searched when the name is not found here.
-        package: the package whose import registers visionkit's own members; imported at the first look-up.
+        packages: those whose import registers the members, the parent's included; imported at the first look-up.
     """
 
-    def __init__(self, kind: str, *, parent: mm.Registry | None = None, package: str | None = None) -> None:
-        super().__init__(kind, build_func=_build, parent=parent, scope=SCOPE, locations=[package] if package else [])
+    def __init__(self, kind: str, *, parent: mm.Registry | None = None, packages: Sequence[str] = ()) -> None:
+        super().__init__(kind, build_func=_build, parent=parent, scope=SCOPE, locations=list(packages))
         self.distributions: dict[str, str] = {}              # component name -> the distribution that registered it
         self.contested: dict[str, tuple[str, str]] = {}      # component name -> the two distributions that claim it
 
@@ -86,8 +86,7 @@ class Registry(mm.Registry):
             raise ConfigError(
                 f"the {self.name} {key!r} is claimed by two distributions, {first} and {second}; uninstall one, or name in "
                 f"VISIONKIT_PLUGINS only the plugins you want", ("type",))
-        if self.parent is not None:
-            self.parent.import_from_location()               # mmengine imports only the child's own package
+        self.import_from_location()                          # outside of the next line: a RuntimeError in there must be seen
         with contextlib.suppress(RuntimeError):              # mmengine's "Failed to get"
             found = super().get(key)
             if found is not None:
@@ -104,8 +103,6 @@ class Registry(mm.Registry):
         """Every name that `get` answers, mmengine's included, sorted."""
         load_plugins()
         self.import_from_location()
-        if self.parent is not None:
-            self.parent.import_from_location()
         inherited = self.parent.module_dict if self.parent is not None else {}
         return sorted({*self.module_dict, *inherited})
 
@@ -136,6 +133,8 @@ class Registry(mm.Registry):
             if plugin.error:
                 message += f" The plugin {plugin.name!r} of {plugin.distribution} failed to import ({plugin.error.splitlines()[-1]}); " \
                            f"`python -m visionkit plugins` shows why."
+            elif plugin.left_out:
+                message += f" The plugin {plugin.name!r} of {plugin.distribution} was not loaded: VISIONKIT_PLUGINS leaves it out."
         return message
 
     def _register_module(self, module: Callable, module_name: str | list[str] | None = None, force: bool = False) -> None:
@@ -143,13 +142,16 @@ class Registry(mm.Registry):
         newcomer = _distribution_of(module)
         for name in names:
             holder = self.distributions.get(name)
-            if not force and name in self._module_dict and self._module_dict[name] is not module:
+            if self._module_dict.get(name) is module:
+                continue
+            if not force and name in self._module_dict:
                 if holder == newcomer:
                     raise ConfigError(
                         f"two {self.name}s are called {name!r}: {_where(self._module_dict[name])} and {_where(module)}; "
                         f"rename one, or register the second with force=True to replace the first")
                 self.contested[name] = (holder, newcomer)    # harmless until somebody looks the name up
                 continue
+            self.contested.pop(name, None)
             self.distributions[name] = newcomer
             super()._register_module(module, name, force=True)
 
@@ -166,10 +168,7 @@ def check_arguments(component: Callable, given: Collection[str], *, missing: boo
         ConfigError: an argument that the constructor does not have, or one that it needs and that is not given.
     """
     name = getattr(component, "__name__", repr(component))
-    try:
-        parameters = inspect.signature(component).parameters.values()
-    except (TypeError, ValueError):                          # built in C: nothing to compare with
-        return
+    parameters = _parameters(component).values()
     named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for key in given:
@@ -181,16 +180,24 @@ def check_arguments(component: Callable, given: Collection[str], *, missing: boo
                           f"got {', '.join(given) or 'none'}")
 
 
+def _parameters(component: Callable) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(component).parameters
+    except (TypeError, ValueError):                          # built in C, without a signature: it takes what it takes
+        return {"arguments": inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)}
+
+
 def _build(cfg: Mapping[str, Any], *, registry: mm.Registry, default_args: Mapping[str, Any] | None = None,
            optional: bool = False) -> Any:
     """Build `cfg`; `optional` default arguments are left out where the constructor does not name them."""
     if "type" not in cfg:
         raise ConfigError(f"a {registry.name} needs a `type`, got only {', '.join(map(repr, cfg)) or 'an empty dict'}")
     component = registry.get(cfg["type"]) if isinstance(cfg["type"], str) else cfg["type"]
+    if not callable(component):
+        raise ConfigError(f"a {registry.name} needs as `type` a name or a class, got {component!r}", ("type",))
     arguments = {key: value for key, value in cfg.items() if key != "type"}
-    accepted = inspect.signature(component).parameters
     for key, value in (default_args or {}).items():
-        if key in accepted or not optional:
+        if not optional or key in _parameters(component):
             arguments.setdefault(key, value)
     check_arguments(component, arguments)
     try:
@@ -210,44 +217,70 @@ class Plugin:
     distribution: str
     module: str
     error: str = ""                                          # the traceback, where the import failed
+    left_out: bool = False                                   # not loaded, because VISIONKIT_PLUGINS does not name it
 
 
 _plugins: list[Plugin] | None = None
-_loading_from: contextvars.ContextVar[str | None] = contextvars.ContextVar("distribution being loaded", default=None)
+_loading: Plugin | None = None
 
 
 def load_plugins() -> list[Plugin]:
     """Import every installed plugin, once per process, and tell how it went.
 
     The environment variable `VISIONKIT_PLUGINS` restricts which (names separated by commas; empty: none). A plugin that
-    fails to import is reported, never raised: those who do not use it must not notice.
+    fails to import is reported, never raised: those who do not use it must not notice. So is a name in the variable that
+    no distribution declares.
     """
     global _plugins
     if _plugins is None:
         _plugins = []                                        # set first: a plugin may look something up while it is imported
-        wanted = os.environ.get("VISIONKIT_PLUGINS")
-        for entry in sorted(importlib.metadata.entry_points(group=PLUGIN_GROUP), key=lambda entry: (entry.name, entry.value)):
-            if wanted is None or entry.name in {name.strip() for name in wanted.split(",")}:
-                _plugins.append(_load_plugin(entry))
+        setting = os.environ.get("VISIONKIT_PLUGINS")
+        wanted = None if setting is None else {name.strip() for name in setting.split(",")} - {""}
+        for entry in _entry_points():
+            plugin = Plugin(entry.name, entry.dist.name if entry.dist else "unknown", entry.value)
+            if wanted is None or entry.name in wanted:
+                _load(plugin, entry)
+            else:
+                plugin.left_out = True
+            _plugins.append(plugin)
+        installed = {plugin.name for plugin in _plugins}
+        for name in sorted((wanted or set()) - installed):
+            _plugins.append(Plugin(name, "no distribution", "", error=f"VISIONKIT_PLUGINS names {name!r}, but no installed "
+                                   f"distribution declares such a plugin.{did_you_mean(name, installed)}"))
     return _plugins
 
 
-def _load_plugin(entry: importlib.metadata.EntryPoint) -> Plugin:
-    plugin = Plugin(entry.name, entry.dist.name if entry.dist else "unknown", entry.value)
-    token = _loading_from.set(plugin.distribution)
+@functools.cache
+def _entry_points() -> list[importlib.metadata.EntryPoint]:
+    found = {(entry.name, entry.value): entry for entry in importlib.metadata.entry_points(group=PLUGIN_GROUP)}
+    return [found[key] for key in sorted(found)]             # once each, even where a distribution is found on two paths
+
+
+def _load(plugin: Plugin, entry: importlib.metadata.EntryPoint) -> None:
+    global _loading
+    outer, _loading = _loading, plugin
     try:
         entry.load()
     except Exception:                                        # whatever a stranger's module does at import
         plugin.error = traceback.format_exc().strip()
     finally:
-        _loading_from.reset(token)
-    return plugin
+        _loading = outer
 
 
 def _distribution_of(component: Callable) -> str:
-    """The distribution that registers `component`: the plugin being loaded, or the top package of its module."""
-    top = getattr(component, "__module__", "unknown").partition(".")[0]
-    return SCOPE if top == SCOPE else _loading_from.get() or top
+    """The distribution that registers `component`.
+
+    That is the plugin whose module stands nearest to the component's; for a class from elsewhere, the plugin that is being
+    loaded; otherwise the top package, such as a user's own that `custom_imports` names.
+    """
+    module = getattr(component, "__module__", None) or "unknown"
+    if module.partition(".")[0] == SCOPE:
+        return SCOPE
+    shared = {len(os.path.commonprefix([module.split("."), entry.module.split(".")])): entry for entry in _entry_points()}
+    nearest = max(shared, default=0)
+    if nearest and shared[nearest].dist:
+        return shared[nearest].dist.name
+    return _loading.distribution if _loading else module.partition(".")[0]
 
 
 def _where(component: Callable) -> str:
@@ -259,19 +292,19 @@ def registries() -> Iterator[Registry]:
     return (value for value in globals().values() if isinstance(value, Registry))
 
 
-MODELS = Registry("model", parent=mm.MODELS, package="visionkit.models")
-BACKBONES = Registry("backbone", package="visionkit.models.backbones")
-NECKS = Registry("neck", package="visionkit.models.necks")
-HEADS = Registry("head", package="visionkit.models.heads")
-LOSSES = Registry("loss", package="visionkit.models.losses")
-TARGETS = Registry("target", package="visionkit.models.targets")
-OPS = Registry("op", package="visionkit.ops")
-DATASETS = Registry("dataset", parent=mm.DATASETS, package="visionkit.datasets")
-SAMPLERS = Registry("sampler", parent=mm.DATA_SAMPLERS, package="visionkit.datasets")
-TRANSFORMS = Registry("transform", parent=mm.TRANSFORMS, package="visionkit.transforms")
-METRICS = Registry("metric", parent=mm.METRICS, package="visionkit.evaluation")
-HOOKS = Registry("hook", parent=mm.HOOKS, package="visionkit.engine")
-LOOPS = Registry("loop", parent=mm.LOOPS, package="visionkit.engine")
-OPTIM_WRAPPERS = Registry("optim wrapper", parent=mm.OPTIM_WRAPPERS, package="visionkit.engine")
-OPTIMIZERS = Registry("optimizer", parent=mm.OPTIMIZERS)
-PARAM_SCHEDULERS = Registry("parameter scheduler", parent=mm.PARAM_SCHEDULERS)
+MODELS = Registry("model", parent=mm.MODELS, packages=["visionkit.models", "mmcv.cnn"])
+BACKBONES = Registry("backbone", packages=["visionkit.models.backbones"])
+NECKS = Registry("neck", packages=["visionkit.models.necks"])
+HEADS = Registry("head", packages=["visionkit.models.heads"])
+LOSSES = Registry("loss", packages=["visionkit.models.losses"])
+TARGETS = Registry("target", packages=["visionkit.models.targets"])
+OPS = Registry("op", packages=["visionkit.ops"])
+DATASETS = Registry("dataset", parent=mm.DATASETS, packages=["visionkit.datasets", "mmengine.dataset"])
+SAMPLERS = Registry("sampler", parent=mm.DATA_SAMPLERS, packages=["visionkit.datasets", "mmengine.dataset"])
+TRANSFORMS = Registry("transform", parent=mm.TRANSFORMS, packages=["visionkit.transforms", "mmcv.transforms"])
+METRICS = Registry("metric", parent=mm.METRICS, packages=["visionkit.evaluation", "mmengine.evaluator"])
+HOOKS = Registry("hook", parent=mm.HOOKS, packages=["visionkit.engine", "mmengine.hooks"])
+LOOPS = Registry("loop", parent=mm.LOOPS, packages=["visionkit.engine", "mmengine.runner"])
+OPTIM_WRAPPERS = Registry("optim wrapper", parent=mm.OPTIM_WRAPPERS, packages=["visionkit.engine", "mmengine.optim"])
+OPTIMIZERS = Registry("optimizer", parent=mm.OPTIMIZERS, packages=["mmengine.optim"])
+PARAM_SCHEDULERS = Registry("parameter scheduler", parent=mm.PARAM_SCHEDULERS, packages=["mmengine.optim"])
