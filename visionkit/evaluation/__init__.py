@@ -1,1 +1,4 @@
-"""TODO"""
+"""Metrics: predictions and ground truth in, numbers out."""
+from visionkit.evaluation.coco_ap import CocoMetric
+
+__all__ = ["CocoMetric"]
