@@ -1,0 +1,84 @@
+"""mmcv's geometric transforms, made to carry instance masks along with the boxes."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import mmcv.transforms
+import numpy as np
+
+from visionkit.registry import TRANSFORMS
+
+
+@TRANSFORMS.register_module()
+class Resize(mmcv.transforms.Resize):
+    """mmcv's Resize of image, boxes, semantic map and key points, and of `gt_masks`.
+
+    `scale_factor` (x, y) is always the network input over the original, however many times a pipeline resizes.
+
+    Args:
+        scale: (width, height) in pixels; with `keep_ratio` the box that the image must fit in. One number stands for both.
+        scale_factor: instead of `scale`, the factor, or one for x and one for y.
+        keep_ratio: keep the aspect ratio.
+        clip_object_border: cut boxes at the image's border.
+        backend: `cv2` or `pillow`.
+        interpolation: `nearest`, `bilinear`, `bicubic`, `area` or `lanczos`.
+    """
+
+    def __init__(self, scale: int | Sequence[int] | None = None, scale_factor: float | Sequence[float] | None = None,
+                 keep_ratio: bool = False, clip_object_border: bool = True, backend: str = "cv2",
+                 interpolation: str = "bilinear") -> None:
+        if (scale is None) == (scale_factor is None):
+            raise ValueError(f"Resize needs either scale=(width, height) or scale_factor, got {scale=} and {scale_factor=}")
+        if backend not in ("cv2", "pillow"):
+            raise ValueError(f"backend must be 'cv2' or 'pillow', got {backend!r}")
+        known = ("nearest", "bilinear", "bicubic", "area", "lanczos")[:5 if backend == "cv2" else 2]
+        if interpolation not in known:
+            raise ValueError(f"interpolation of the backend {backend!r} must be one of {', '.join(known)}; got {interpolation!r}")
+        scale_factor = float(scale_factor) if isinstance(scale_factor, int) else scale_factor
+        super().__init__(tuple(scale) if isinstance(scale, Sequence) else scale,
+                         tuple(scale_factor) if isinstance(scale_factor, Sequence) else scale_factor,
+                         keep_ratio, clip_object_border, backend, interpolation)
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        before = results.get("scale_factor", (1.0, 1.0))
+        results = super().transform(results)
+        results["scale_factor"] = (before[0] * results["scale_factor"][0], before[1] * results["scale_factor"][1])
+        if results.get("gt_bboxes") is not None:
+            results["gt_bboxes"] = results["gt_bboxes"].astype(np.float32)               # mmcv returns float64
+        if results.get("gt_masks") is not None:
+            height, width = results["img_shape"]
+            masks = [cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) for mask in results["gt_masks"]]
+            results["gt_masks"] = np.array(masks, np.uint8).reshape(-1, height, width)
+        return results
+
+
+@TRANSFORMS.register_module()
+class RandomFlip(mmcv.transforms.RandomFlip):
+    """mmcv's RandomFlip of image, boxes, semantic map and key points, and of `gt_masks`.
+
+    Args:
+        prob: of a flip; or one probability a direction, together at most 1.
+        direction: `horizontal`, `vertical` or `diagonal`, or several; one `prob` is shared equally among several.
+        swap_seg_labels: pairs of labels of the semantic map that trade places, such as left and right arm.
+    """
+
+    def __init__(self, prob: float | Sequence[float] = 0.5, direction: str | Sequence[str] = "horizontal",
+                 swap_seg_labels: Sequence[Sequence[int]] | None = None) -> None:
+        directions = [direction] if isinstance(direction, str) else list(direction)
+        probs = [float(p) for p in prob] if isinstance(prob, Sequence) else [float(prob)]
+        if min(probs, default=-1) < 0 or sum(probs) > 1:
+            raise ValueError(f"a flip probability lies between 0 and 1, and several sum to 1 at most; got prob={prob}")
+        if isinstance(prob, Sequence) and len(probs) != len(directions):
+            raise ValueError(f"one probability a direction is needed: got prob={prob} for direction={direction}")
+        for name in directions:
+            if name not in ("horizontal", "vertical", "diagonal"):
+                raise ValueError(f"direction must be 'horizontal', 'vertical' or 'diagonal', got {name!r}")
+        super().__init__(probs if isinstance(prob, Sequence) else probs[0], directions, swap_seg_labels)
+
+    def _flip(self, results: dict[str, Any]) -> None:
+        super()._flip(results)
+        if results.get("gt_masks") is not None:
+            axes = {"horizontal": (2,), "vertical": (1,), "diagonal": (1, 2)}[results["flip_direction"]]
+            results["gt_masks"] = np.ascontiguousarray(np.flip(results["gt_masks"], axes))
