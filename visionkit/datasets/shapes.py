@@ -163,19 +163,28 @@ def caption(shapes: Sequence[Shape]) -> str:
 def draw_ground(rng: np.random.Generator, width: int, height: int, *, texture: bool) -> np.ndarray:
     """A muted ground, uint8 [height, width, 3]: soft clouds of colour, and with `texture` a faint pattern and grain."""
     base = rng.uniform(70, 205)
-    clouds = (base + rng.normal(0, 10, 3) + rng.normal(0, 14, (4, 4, 3))).astype(np.float32)
+    clouds = (base + rng.normal(0, 11, 3) + rng.normal(0, 13, (4, 4, 1)) + rng.normal(0, 5, (4, 4, 3))).astype(np.float32)
     ground = cv2.resize(clouds, (width, height), interpolation=cv2.INTER_CUBIC)
     if texture:
-        y, x = np.ogrid[:height, :width]
-        angle, period = rng.uniform(0, np.pi), rng.uniform(7, 20)
-        along = (x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period)
-        across = (y * np.cos(angle) - x * np.sin(angle)) * (2 * np.pi / period)
-        kind = rng.integers(4)
-        pattern = (np.sin(along) if kind == 0 else np.sign(np.sin(along) * np.sin(across)) if kind == 1
-                   else np.maximum(np.sin(along) * np.sin(across), 0) if kind == 2 else np.zeros((1, 1)))
-        grain = rng.standard_normal((height, width), np.float32) * rng.uniform(1, 7)
-        ground += (grain + pattern.astype(np.float32) * rng.uniform(4, 16))[..., None]
+        grain = rng.standard_normal((height, width), np.float32) * np.float32(rng.uniform(1, 7))
+        ground += (grain + _pattern(rng, width, height))[..., None]
     return np.clip(ground, 0, 255).astype(np.uint8)
+
+
+def _pattern(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Stripes, checks, dots or nothing, float32 [height, width], around 0."""
+    y, x = np.ogrid[:height, :width]
+    strength, turn, frequency = rng.uniform(4, 16), rng.uniform(0, np.pi), 2 * np.pi / rng.uniform(7, 20)
+    along = ((x * np.cos(turn) + y * np.sin(turn)) * frequency).astype(np.float32)
+    across = ((y * np.cos(turn) - x * np.sin(turn)) * frequency).astype(np.float32)
+    kind = rng.integers(4)
+    if kind == 0:
+        return np.sin(along) * np.float32(strength)
+    if kind == 1:
+        return np.sign(np.sin(along) * np.sin(across)) * np.float32(strength / 2)
+    if kind == 2:
+        return np.maximum(np.sin(along) * np.sin(across), 0) * np.float32(strength)
+    return np.zeros_like(along)
 
 
 def draw_shapes(rng: np.random.Generator, image: np.ndarray, labels: Sequence[int], num_objects: tuple[int, int],
