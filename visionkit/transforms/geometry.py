@@ -7,6 +7,7 @@ from typing import Any
 import cv2
 import mmcv.transforms
 import numpy as np
+from mmcv.transforms import BaseTransform
 
 from visionkit.registry import TRANSFORMS
 
@@ -82,3 +83,49 @@ class RandomFlip(mmcv.transforms.RandomFlip):
         if results.get("gt_masks") is not None:
             axes = {"horizontal": (2,), "vertical": (1,), "diagonal": (1, 2)}[results["flip_direction"]]
             results["gt_masks"] = np.ascontiguousarray(np.flip(results["gt_masks"], axes))
+
+
+@TRANSFORMS.register_module()
+class RandomCrop(BaseTransform):
+    """Cut out a random window; objects of which less than `min_visible` is left go, together with labels, flags and masks.
+
+    An image that is smaller than the window keeps that side.
+
+    Args:
+        size: (width, height) of the window, pixels.
+        min_visible: the least part of a box's area that must be left.
+    """
+
+    def __init__(self, size: Sequence[int], min_visible: float = 0.2) -> None:
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"size must be (width, height) in pixels, got {size}")
+        if not 0 <= min_visible <= 1:
+            raise ValueError(f"min_visible is a part of a box's area, 0 to 1, got {min_visible}")
+        self.size = tuple(size)
+        self.min_visible = min_visible
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        height, width = results["img"].shape[:2]
+        new_width, new_height = min(self.size[0], width), min(self.size[1], height)
+        left, top = np.random.randint(width - new_width + 1), np.random.randint(height - new_height + 1)
+        window = np.s_[top:top + new_height, left:left + new_width]
+        results["img"] = np.ascontiguousarray(results["img"][window])
+        results["img_shape"] = (new_height, new_width)
+        if results.get("gt_masks") is not None:
+            results["gt_masks"] = results["gt_masks"][(slice(None), *window)]
+        if results.get("gt_bboxes") is not None:
+            before = results["gt_bboxes"]
+            boxes = np.clip(before - np.float32([left, top, left, top]), 0, np.float32([new_width, new_height] * 2))
+            keep = (_area(boxes) > 0) & (_area(boxes) >= self.min_visible * _area(before))
+            results["gt_bboxes"] = boxes[keep]
+            for key in ("gt_bboxes_labels", "gt_ignore_flags", "gt_masks"):
+                if key in results:
+                    results[key] = results[key][keep]
+        return results
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(size={self.size}, min_visible={self.min_visible})"
+
+
+def _area(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
