@@ -1,0 +1,8 @@
+"""Images to feature maps.
+
+A backbone's `forward(images [B, 3, H, W])` returns a tuple of [B, C_i, H / s_i, W / s_i]; its attributes `out_channels` and `strides`
+tell the C_i and s_i.
+"""
+from visionkit.models.backbones.resnet import ResNet
+
+__all__ = ["ResNet"]

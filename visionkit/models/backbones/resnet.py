@@ -1,0 +1,178 @@
+"""Residual networks (He et al. 2015, arXiv:1512.03385), with the parameter names of torchvision's checkpoints."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from visionkit.registry import BACKBONES
+
+_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that keeps its statistics and is never trained."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.requires_grad_(False)
+        self.training = False
+
+    def train(self, mode: bool = True) -> FrozenBatchNorm2d:
+        return super().train(False)
+
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "BN": nn.BatchNorm2d,
+    "FrozenBN": FrozenBatchNorm2d,
+    "GN": lambda channels: nn.GroupNorm(32, channels),
+}
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (fig. 5, left)."""
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, dilation, dilation, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, dilation, dilation, bias=False)
+        self.bn2 = norm(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, channels, stride, norm)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.relu(self.bn1(self.conv1(x)))
+        residual = self.bn2(self.conv2(residual))
+        return self.relu(residual + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 and a shortcut (fig. 5, right); the stride is in the 3x3, as in torchvision, not in the first 1x1 as in the paper."""
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, dilation, dilation, bias=False)
+        self.bn2 = norm(channels)
+        self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
+        self.bn3 = norm(channels * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, channels * self.expansion, stride, norm)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.relu(self.bn1(self.conv1(x)))
+        residual = self.relu(self.bn2(self.conv2(residual)))
+        residual = self.bn3(self.conv3(residual))
+        return self.relu(residual + self.downsample(x))
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
+
+
+@BACKBONES.register_module()
+class ResNet(nn.Module):
+    """ResNet without its classifier.
+
+    Stages are counted as in the detection papers: stage 1 is the stem, stages 2 to 5 the residual stages C2 to C5.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        out_stages: the stages whose output is returned, of 2 to 5, ascending.
+        frozen_stages: stages 1 to this one are not trained and keep their normalisation statistics; 0: all are trained.
+        norm: `BN`, `FrozenBN` (statistics and affine parameters as loaded, never trained) or `GN` (32 groups).
+        strides: of stages 2 to 5.
+        dilations: of the 3x3 convolutions of stages 2 to 5.
+        zero_init_residual: the last normalisation of each block starts at 0, so that each block starts as the identity
+            (Goyal et al. 2017, arXiv:1706.02677, sec. 5.1); for training from scratch.
+
+    Attributes:
+        out_channels: of each returned stage.
+        strides: image pixels a feature pixel, of each returned stage.
+    """
+
+    def __init__(self, depth: int, out_stages: Sequence[int] = (2, 3, 4, 5), frozen_stages: int = 0, norm: str = "BN",
+                 strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1), zero_init_residual: bool = True) -> None:
+        super().__init__()
+        if depth not in _BLOCKS:
+            raise ValueError(f"ResNet comes in depths {', '.join(map(str, _BLOCKS))}; got {depth}")
+        if norm not in _NORMS:
+            raise ValueError(f"norm must be one of {', '.join(_NORMS)}; got {norm!r}")
+        if not out_stages or list(out_stages) != sorted(set(out_stages)) or not set(out_stages) <= {2, 3, 4, 5}:
+            raise ValueError(f"out_stages must be ascending numbers of 2 to 5 (C2 to C5), got {tuple(out_stages)}")
+        if not 0 <= frozen_stages <= 5:
+            raise ValueError(f"frozen_stages must be 0 (none) to 5 (all), got {frozen_stages}")
+        if len(strides) != 4 or len(dilations) != 4:
+            raise ValueError(f"strides and dilations need one value for each of stages 2 to 5, got {strides} and {dilations}")
+        block = BasicBlock if depth < 50 else Bottleneck
+        self.out_stages = tuple(out_stages)
+        self.frozen_stages = frozen_stages
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = _NORMS[norm](64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        channels, stride, out_channels, out_strides = 64, 4, [], []
+        for stage, (blocks, stage_stride, dilation) in enumerate(zip(_BLOCKS[depth], strides, dilations, strict=True), start=2):
+            width = 64 * 2 ** (stage - 2)
+            layers = []
+            for index in range(blocks):
+                layers.append(block(channels, width, stage_stride if index == 0 else 1, dilation, _NORMS[norm]))
+                channels = width * block.expansion
+            setattr(self, f"layer{stage - 1}", nn.Sequential(*layers))
+            stride *= stage_stride
+            if stage in self.out_stages:
+                out_channels.append(channels)
+                out_strides.append(stride)
+        self.out_channels = tuple(out_channels)
+        self.strides = tuple(out_strides)
+        self._initialise(zero_init_residual)
+        for module in self._frozen():
+            module.requires_grad_(False)
+        self.register_load_state_dict_pre_hook(_drop_classifier)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """[B, 3, H, W] to one [B, C_i, H / s_i, W / s_i] for each of `out_stages`; sizes are rounded up."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features = []
+        for stage in range(2, self.out_stages[-1] + 1):
+            x = getattr(self, f"layer{stage - 1}")(x)
+            if stage in self.out_stages:
+                features.append(x)
+        return tuple(features)
+
+    def train(self, mode: bool = True) -> ResNet:
+        super().train(mode)
+        for module in self._frozen():
+            module.train(False)
+        return self
+
+    def _frozen(self) -> list[nn.Module]:
+        stem = [self.conv1, self.bn1] if self.frozen_stages >= 1 else []
+        return stem + [getattr(self, f"layer{stage - 1}") for stage in range(2, self.frozen_stages + 1)]
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_(module.last_norm.weight)
+
+
+def _drop_classifier(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """A classification checkpoint loads strictly: its last layer is not part of a backbone."""
+    for name in ("fc.weight", "fc.bias"):
+        state_dict.pop(prefix + name, None)

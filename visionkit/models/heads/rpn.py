@@ -1,0 +1,121 @@
+"""Region proposal network (Ren et al. 2015, Faster R-CNN, arXiv:1506.01497, sec. 3.1)."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionkit.models.losses import mean_over_ranks
+from visionkit.models.targets import AnchorGrid, BalancedSampler, BoxCoder, IoUMatcher
+from visionkit.ops import batched_nms, clip_boxes
+from visionkit.registry import HEADS, TARGETS
+from visionkit.structures import Sample
+
+# B images, L pyramid levels, A anchors a position, N anchors an image over all levels
+
+
+class Objectness(NamedTuple):
+    """What the network says of every anchor, one entry a level."""
+    logits: list[Tensor]        # [B, N_l]
+    deltas: list[Tensor]        # [B, N_l, 4]
+    anchors: list[Tensor]       # [N_l, 4] image pixels
+
+
+@HEADS.register_module()
+class RPN(nn.Module):
+    """A 3x3 convolution, then for each anchor a score and a box.
+
+    Args:
+        in_channels: of each pyramid level, all the same.
+        strides: of each pyramid level.
+        hidden_channels: of the 3x3 convolution; None: as many as come in.
+        anchor_scales: sides of the square anchor, in strides.
+        anchor_ratios: heights over widths.
+        matcher: by default positive from IoU 0.7, negative below 0.3, and each object keeps its best anchors from 0.3 on.
+        sampler: by default 256 anchors an image, half of them positive at most.
+        nms_iou: proposals of one level that overlap by more are thinned out.
+        pre_nms: proposals a level kept before that, in training and in testing.
+        post_nms: proposals an image kept after it, in training and in testing.
+    """
+
+    def __init__(self, in_channels: Sequence[int], strides: Sequence[int], hidden_channels: int | None = None,
+                 anchor_scales: Sequence[float] = (8.0,), anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+                 matcher: dict | nn.Module | None = None, sampler: dict | nn.Module | None = None, nms_iou: float = 0.7,
+                 pre_nms: tuple[int, int] = (2000, 1000), post_nms: tuple[int, int] = (1000, 1000)) -> None:
+        super().__init__()
+        if len(set(in_channels)) != 1:
+            raise ValueError(f"an RPN is shared by all levels and needs the same channels on each, got {tuple(in_channels)}; "
+                             f"put a neck before it")
+        hidden_channels = hidden_channels or in_channels[0]
+        self.anchors = AnchorGrid(strides, anchor_scales, anchor_ratios)
+        self.coder = BoxCoder()
+        self.matcher = TARGETS.make(matcher or IoUMatcher(0.7, 0.3, rescue_from=0.3), at="matcher")
+        self.sampler = TARGETS.make(sampler or BalancedSampler(256, 0.5), at="sampler")
+        self.nms_iou = nms_iou
+        self.pre_nms = tuple(pre_nms)
+        self.post_nms = tuple(post_nms)
+        self.conv = nn.Conv2d(in_channels[0], hidden_channels, 3, padding=1)
+        self.classify = nn.Conv2d(hidden_channels, self.anchors.per_position, 1)
+        self.regress = nn.Conv2d(hidden_channels, self.anchors.per_position * 4, 1)
+        for layer in (self.conv, self.classify, self.regress):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Sequence[Tensor]) -> Objectness:
+        """[B, C, h_l, w_l] a level to scores and boxes of every anchor."""
+        logits, deltas = [], []
+        for feature in features:
+            hidden = F.relu(self.conv(feature), inplace=True)
+            logits.append(self.classify(hidden).permute(0, 2, 3, 1).flatten(1).float())                          # [B, h * w * A]
+            deltas.append(self.regress(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4).float())         # [B, h * w * A, 4]
+        return Objectness(logits, deltas, self.anchors([feature.shape[2:] for feature in features]))
+
+    def loss(self, objectness: Objectness, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Eq. 1 with both terms over the number of sampled anchors, and L1 for smooth L1."""
+        logits, deltas, anchors = torch.cat(objectness.logits, 1), torch.cat(objectness.deltas, 1), torch.cat(objectness.anchors)
+        chosen, positive, targets = [], [], []
+        for index, sample in enumerate(samples):
+            objects = sample.gt_instances.bboxes
+            matched = self.matcher(anchors, objects, sample.ignored_instances.bboxes)
+            positives, negatives = self.sampler(matched)
+            targets.append(self.coder.encode(anchors[positives], objects[matched[positives]]))
+            positive.append(positives + index * len(anchors))
+            chosen.append(torch.cat([positives, negatives]) + index * len(anchors))
+        chosen, positive, targets = torch.cat(chosen), torch.cat(positive), torch.cat(targets)
+        is_object = torch.zeros(logits.numel(), device=logits.device)
+        is_object[positive] = 1.0
+        normaliser = mean_over_ranks(len(chosen), logits.device)
+        return {
+            "loss_rpn_class": F.binary_cross_entropy_with_logits(logits.flatten()[chosen], is_object[chosen], reduction="sum") / normaliser,
+            "loss_rpn_box": F.l1_loss(deltas.view(-1, 4)[positive], targets, reduction="sum") / normaliser,
+        }
+
+    @torch.no_grad()
+    def propose(self, objectness: Objectness, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """The best boxes of each image.
+
+        Args:
+            objectness: of a batch.
+            sizes: the (h, w) of each image, which proposals are clipped to.
+
+        Returns:
+            one [P, 4] an image, best first, image pixels; P is at most `post_nms`.
+        """
+        pre_nms, post_nms = (counts[0 if self.training else 1] for counts in (self.pre_nms, self.post_nms))
+        boxes, scores, levels = [], [], []
+        for level, (logits, deltas, anchors) in enumerate(zip(*objectness, strict=True)):
+            score, top = logits.topk(min(pre_nms, logits.shape[1]))                                            # [B, K]
+            delta = deltas.gather(1, top[..., None].expand(-1, -1, 4))
+            boxes.append(self.coder.decode(anchors[top], delta))
+            scores.append(score)
+            levels.append(torch.full_like(top, level))
+        boxes, scores, levels = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(levels, 1)                # [B, K, ...]
+        boxes = torch.stack([clip_boxes(box, *size) for box, size in zip(boxes, sizes, strict=True)])
+        image = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(levels)
+        some = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(-1)                                                 # clipping leaves some empty
+        boxes, scores, image, levels = boxes[some], scores[some], image[some], levels[some]
+        keep = batched_nms(boxes, scores, image * len(objectness.anchors) + levels, self.nms_iou)
+        return [boxes[keep[image[keep] == index][:post_nms]] for index in range(len(sizes))]

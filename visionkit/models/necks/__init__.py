@@ -1,0 +1,4 @@
+"""Features to features. A neck has `out_channels` and `strides` as a backbone has."""
+from visionkit.models.necks.fpn import FPN
+
+__all__ = ["FPN"]

@@ -1,0 +1,7 @@
+"""From ground truth to training target: anchors, matching, sampling, box coding."""
+from visionkit.models.targets.anchors import AnchorGrid
+from visionkit.models.targets.box_coder import BoxCoder
+from visionkit.models.targets.iou_matcher import IGNORED, NEGATIVE, IoUMatcher
+from visionkit.models.targets.samplers import BalancedSampler
+
+__all__ = ["IGNORED", "NEGATIVE", "AnchorGrid", "BalancedSampler", "BoxCoder", "IoUMatcher"]

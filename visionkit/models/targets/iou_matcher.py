@@ -1,0 +1,58 @@
+"""Which reference box is responsible for which object."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from visionkit.ops import box_area, box_iou
+from visionkit.registry import TARGETS
+
+NEGATIVE = -1
+IGNORED = -2
+
+
+@TARGETS.register_module()
+class IoUMatcher(nn.Module):
+    """Each reference box takes the object it overlaps most, or is background, or is left out.
+
+    Faster R-CNN (arXiv:1506.01497), sec. 3.1.2.
+
+    Args:
+        positive: from this IoU on, a box is an example of the object it overlaps most.
+        negative: below this IoU it is background; what lies between the two is ignored.
+        rescue_from: objects that no box reaches by `positive` take the boxes that overlap them most, if by at least this IoU; None: not.
+        crowd_share: background boxes with more than this share of their area in one crowd region are ignored.
+    """
+
+    def __init__(self, positive: float = 0.5, negative: float = 0.5, rescue_from: float | None = None, crowd_share: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= negative <= positive <= 1:
+            raise ValueError(f"matching needs 0 <= negative <= positive <= 1, got negative={negative}, positive={positive}")
+        self.positive = positive
+        self.negative = negative
+        self.rescue_from = rescue_from
+        self.crowd_share = crowd_share
+
+    @torch.no_grad()
+    def forward(self, boxes: Tensor, objects: Tensor, crowds: Tensor) -> Tensor:
+        """Match `boxes` [N, 4] with `objects` [G, 4].
+
+        Returns:
+            [N] int64: the index of the object, or NEGATIVE, or IGNORED.
+        """
+        if len(objects):
+            iou = box_iou(objects, boxes)                                   # [G, N]: one row an object keeps the reductions fast
+            best, matched = iou.max(0)
+            matched = torch.where(best >= self.positive, matched, torch.where(best < self.negative, NEGATIVE, IGNORED))
+            if self.rescue_from is not None and len(boxes):
+                reach = iou.max(1, keepdim=True).values                     # what each object gets at best
+                row, column = ((iou == reach) & (reach >= self.rescue_from)).nonzero(as_tuple=True)
+                matched[column] = row                                       # rows ascend: of several objects the last one takes the box
+        else:
+            matched = boxes.new_full((len(boxes),), NEGATIVE, dtype=torch.int64)
+        if len(crowds):
+            top_left = torch.maximum(boxes[:, None, :2], crowds[:, :2])
+            inside = (torch.minimum(boxes[:, None, 2:], crowds[:, 2:]) - top_left).clamp(min=0).prod(-1)    # [N, crowds]
+            share = inside.max(1).values / box_area(boxes).clamp(min=1e-6)
+            matched[(matched == NEGATIVE) & (share > self.crowd_share)] = IGNORED
+        return matched
