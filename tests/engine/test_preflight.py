@@ -1,15 +1,22 @@
 import copy
+import json
+import random
+import time
 
+import cv2
+import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
+from torch import nn
 
-import visionkit.models.base  # noqa: F401
-from visionkit.engine.preflight import check_components, check_keys
-from visionkit.registry import DATASETS, ConfigError
+from visionkit.engine.preflight import check_components, check_keys, preflight
+from visionkit.models.base import Model
+from visionkit.registry import DATASETS, HEADS, HOOKS, MODELS, TRANSFORMS, ConfigError
 
 
-@DATASETS.register_module(force=True)
-class Scenes:
+@DATASETS.register_module()
+class PreflightScenes:
     def __init__(self, pipeline=()):
         self.pipeline = pipeline
 
@@ -18,7 +25,7 @@ CONFIG = dict(
     model=dict(type="ImagePreprocessor", pad_divisor=32),
     train_dataloader=dict(batch_size=2, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=True),
                           dataset=dict(type="ConcatDataset", datasets=[
-                              dict(type="Scenes", pipeline=[dict(type="Resize", scale=(8, 8))])])),
+                              dict(type="PreflightScenes", pipeline=[dict(type="Resize", scale=(8, 8))])])),
     train_cfg=dict(by_epoch=True, max_epochs=1),
     optim_wrapper=dict(optimizer=dict(type="AdamW", lr=1e-3), clip_grad=dict(max_norm=10)),
     param_scheduler=[dict(type="LinearLR", start_factor=0.1, by_epoch=False), dict(type="CosineAnnealingLR", T_max=3)],
@@ -42,7 +49,7 @@ def test_a_good_config_passes():
     check_components(changed())
 
 
-@pytest.mark.parametrize(("key", "said"), [
+@pytest.mark.parametrize("key, said", [
     ("model__type=ImagePreprocesor", r"^model\.type: no model named 'ImagePreprocesor'. Did you mean 'ImagePreprocessor'"),
     ("train_dataloader__dataset__type=ConcatDatset", r"^train_dataloader\.dataset\.type: .*Did you mean 'ConcatDataset'"),
     ("train_dataloader__dataset__datasets__0__pipeline__0__type=Resizze",
@@ -61,7 +68,7 @@ def test_a_misspelt_type_is_found_at_any_depth(key, said):
         check_components(changed(**{key: value}))
 
 
-@pytest.mark.parametrize(("key", "said"), [
+@pytest.mark.parametrize("key, said", [
     ("model__pad_divisr", r"^model\.pad_divisr: ImagePreprocessor has no argument .*'pad_divisor'"),
     ("train_dataloader__batchsize", r"^train_dataloader\.batchsize: DataLoader has no argument .*'batch_size'"),
     ("train_dataloader__sampler__shufle", r"^train_dataloader\.sampler\.shufle: DefaultSampler .*'shuffle'"),
@@ -79,7 +86,7 @@ def test_a_wrong_argument_is_found_at_any_depth(key, said):
         check_components(changed(**{key: 1}))
 
 
-@pytest.mark.parametrize(("key", "meant"), [("optim_wraper", "optim_wrapper"), ("custom_hook", "custom_hooks"),
+@pytest.mark.parametrize("key, meant", [("optim_wraper", "optim_wrapper"), ("custom_hook", "custom_hooks"),
                                             ("train_dataloder", "train_dataloader"), ("param_schedulers", "param_scheduler")])
 def test_a_top_level_key_that_nearly_means_something_is_refused(key, meant):
     with pytest.raises(ConfigError, match=f"^{key}: nothing reads this key. Did you mean '{meant}'"):
@@ -94,3 +101,202 @@ def test_names_of_the_users_own_are_fine(monkeypatch):
     assert not said
     check_keys(changed(evaluation=dict(type="CocoMetric", per_class=False)))
     assert said == ["config: nothing reads `evaluation`, so its CocoMetric is not used"]
+
+
+# ----------------------------------------------------------------------------------------------------- builds and data
+
+@HEADS.register_module()
+class PreflightHead(nn.Module):
+    def __init__(self, num_classes=2):
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        self.num_classes = num_classes
+        self.linear = nn.Linear(3, num_classes)
+
+
+@MODELS.register_module()
+class PreflightModel(Model):
+    def __init__(self, head):
+        super().__init__()
+        self.head = HEADS.make(head, at="head")
+
+    def forward(self, images):
+        return self.head.linear(images.tensor.mean((2, 3)))
+
+    def loss(self, images, samples):
+        return {"loss": self(images).sum()}
+
+    def predict(self, images, samples):
+        return samples
+
+
+@TRANSFORMS.register_module()
+class PreflightNoise:
+    def __init__(self, key="img"):
+        self.key = key
+
+    def __call__(self, results):
+        results[self.key] = results[self.key] + np.uint8(random.random() * 2)
+        return results
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images of 32x24 with a box each, in COCO's format."""
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        cv2.imwrite(str(tmp_path / "images" / f"{index}.png"), np.full((24, 32, 3), 60 * index, np.uint8))
+    write(tmp_path)
+    return tmp_path
+
+
+def write(folder, names=("cat", "dog"), crowd=0):
+    (folder / "train.json").write_text(json.dumps({
+        "images": [{"id": 10 + index, "file_name": f"{index}.png", "width": 32, "height": 24} for index in range(3)],
+        "annotations": [{"id": index + 1, "image_id": 10 + index, "category_id": 1, "bbox": [2, 2, 8, 8], "area": 64, "iscrowd": crowd}
+                        for index in range(3)],
+        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(names)]}))
+
+
+def runnable(folder, **changes):
+    dataset = dict(type="CocoDataset", data_root=str(folder), ann_file="train.json", data_prefix=dict(img="images"),
+                   metainfo=dict(classes=("cat", "dog")),
+                   pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSample")])
+    loader = dict(batch_size=1, num_workers=0, dataset=dataset, sampler=dict(type="DrawSampler", shuffle=False))
+    cfg = Config(dict(
+        model=dict(type="PreflightModel", head=dict(type="PreflightHead", num_classes=2)),
+        train_dataloader=copy.deepcopy(loader), val_dataloader=copy.deepcopy(loader), test_dataloader=copy.deepcopy(loader),
+        train_cfg=dict(by_epoch=True, max_epochs=2), val_cfg=dict(), test_cfg=dict(),
+        val_evaluator=dict(type="CocoMetric"), test_evaluator=[dict(type="CocoMetric")],
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)), default_hooks=dict(timer=dict(type="IterTimerHook")),
+        param_scheduler=[dict(type="LinearLR", start_factor=0.1, end=1, convert_to_iter_based=True), dict(type="CosineAnnealingLR")],
+        default_scope="visionkit"))
+    cfg.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()}, allow_list_keys=True)
+    return cfg
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_config_that_runs_passes_in_seconds_and_leaves_no_trace(folder, training):
+    cfg = runnable(folder)
+    before = copy.deepcopy(cfg.to_dict())
+    torch.manual_seed(3)
+    expected = torch.get_rng_state()
+    start = time.perf_counter()
+    preflight(cfg, training)
+    assert time.perf_counter() - start < 3
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert cfg.to_dict() == before
+
+
+def fails(cfg, said, training=True):
+    with pytest.raises(ConfigError, match=said) as caught:
+        preflight(cfg, training)
+    return caught.value
+
+
+def test_a_value_that_a_constructor_refuses_names_its_place(folder):
+    fails(runnable(folder, model__head__num_classes=0), r"^model\.head: PreflightHead: num_classes must be at least 1, got 0")
+    fails(runnable(folder, val_evaluator__metric="boxes"), r"^val_evaluator\.metric: .*'boxes'")
+    fails(runnable(folder, test_evaluator__0__backend="x"), r"^test_evaluator\[0\]\.backend: ", training=False)
+    fails(runnable(folder, optim_wrapper__optimizer__lr=-1), r"^optim_wrapper: .*learning rate: -1")
+    fails(runnable(folder, param_scheduler__0__start_factor=7), r"^param_scheduler\[0\]: .*[Ss]tart")
+    fails(runnable(folder, train_dataloader__batch_size=0), r"^train_dataloader: .*batch_size")
+    fails(runnable(folder, train_dataloader__persistent_workers=True), r"^train_dataloader: persistent_workers")
+
+
+def test_a_missing_argument_is_found_by_building(folder):
+    cfg = runnable(folder)
+    del cfg.model["head"]
+    fails(cfg, r"^model: PreflightModel needs the argument 'head'")
+
+
+def test_hooks_are_built(folder):
+    @HOOKS.register_module(name="PreflightHook", force=True)
+    class PreflightHook:
+        def __init__(self, interval=1):
+            if interval < 1:
+                raise ValueError("interval must be 1 or more")
+    fails(runnable(folder, custom_hooks=[dict(type="PreflightHook", priority=40, interval=0)]), r"^custom_hooks\[0\]: .*interval must be 1")
+    fails(runnable(folder, default_hooks__timer=dict(type="PreflightHook", interval=0)), r"^default_hooks\.timer: .*interval must")
+
+
+@pytest.mark.parametrize("absent, training, said", [
+    ("train_cfg", True, "^train_cfg: train_dataloader, train_cfg, optim_wrapper belong together"),
+    ("val_evaluator", True, "^val_evaluator: .*belong together"),
+    ("test_dataloader", False, "^test_dataloader: .*belong together"),
+    ("model", True, "^model: the config has no `model`")])
+def test_sections_that_belong_together_are_all_there(folder, absent, training, said):
+    fails(runnable(folder, **{absent: None}), said, training)
+
+
+def test_training_without_validation_is_fine(folder):
+    preflight(runnable(folder, val_dataloader=None, val_cfg=None, val_evaluator=None))
+
+
+def test_a_missing_annotation_file_is_named(folder):
+    fails(runnable(folder, val_dataloader__dataset__ann_file="valid.json"), r"^val_dataloader\.dataset\.ann_file: .*valid\.json")
+
+
+def test_missing_images_are_counted_and_named(folder):
+    (folder / "images" / "1.png").unlink()
+    error = fails(runnable(folder), r"^train_dataloader\.dataset: 1 of 3 image files do not exist: .*1\.png \(image id 11\)")
+    assert "data_prefix" in str(error)
+    fails(runnable(folder, train_dataloader__dataset__data_prefix=dict(img="pictures")), "3 of 3 image files")
+
+
+def test_missing_images_are_told_where_others_replace_them(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr("visionkit.engine.preflight.print_log", lambda text, **_: said.append(text))
+    (folder / "images" / "1.png").unlink()
+    preflight(runnable(folder, train_dataloader__dataset__on_error="skip", val_dataloader=None, val_cfg=None, val_evaluator=None))
+    assert "1 of 3 image files do not exist" in said[0]
+
+
+def test_classes_that_the_annotation_file_does_not_have_are_an_error_with_both_sides(folder):
+    write(folder, names=("Cat", "Dogs"))
+    error = fails(runnable(folder), r"^train_dataloader\.dataset\.metainfo\.classes: .*'cat'.*Did you mean 'Cat'")
+    assert "Dogs" in str(error)
+
+
+def test_an_annotation_file_without_a_box_that_counts_is_an_error(folder):
+    write(folder, crowd=1)
+    fails(runnable(folder), r"^train_dataloader\.dataset: no box is left to train on in 3 images\. Classes: cat, dog")
+
+
+def test_the_models_number_of_classes_is_compared_with_the_datas(folder):
+    fails(runnable(folder, model__head__num_classes=80),
+          r"^model\.head\.num_classes: the model has 80 classes, but train_dataloader\.dataset has 2 \(cat, dog\); set num_classes=2")
+
+
+def test_a_default_number_of_classes_is_compared_too(folder):
+    write(folder, names=("cat", "dog", "newt"))
+    classes = dict(metainfo=dict(classes=("cat", "dog", "newt")))
+    cfg = runnable(folder, train_dataloader__dataset=classes, val_dataloader__dataset=classes)
+    del cfg.model.head["num_classes"]
+    fails(cfg, r"^model\.head\.num_classes: the model has 2 classes, but .* has 3")
+
+
+def test_validation_with_other_classes_than_training_is_an_error(folder):
+    fails(runnable(folder, val_dataloader__dataset__metainfo=dict(classes=("dog", "cat"))),
+          r"^val_dataloader\.dataset: its classes are dog, cat, but those of train_dataloader\.dataset are cat, dog")
+
+
+def test_the_first_sample_goes_through_the_pipeline_and_the_error_names_the_transform(folder):
+    cfg = runnable(folder)
+    cfg.train_dataloader.dataset.pipeline.insert(1, dict(type="PreflightNoise", key="image"))
+    fails(cfg, r"^train_dataloader\.dataset\.pipeline\[1\]: KeyError: 'image'")
+
+
+def test_an_unreadable_first_image_is_named(folder):
+    (folder / "images" / "0.png").write_bytes(b"no image")
+    fails(runnable(folder), r"^train_dataloader\.dataset\.pipeline\[0\]: cannot read the image .*0\.png \(image id 10")
+
+
+def test_data_sets_within_a_wrapper_are_checked(folder):
+    inner = runnable(folder).train_dataloader.dataset
+    cfg = runnable(folder)
+    cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=[inner, copy.deepcopy(inner)])
+    preflight(cfg)
+    cfg.train_dataloader.dataset.datasets[1].data_prefix = dict(img="elsewhere")
+    fails(cfg, r"^train_dataloader\.dataset\.datasets\[1\]: 3 of 3 image files")

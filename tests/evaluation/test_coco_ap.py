@@ -204,7 +204,7 @@ def test_the_printed_lines_are_those_of_pycocotools(capsys):
     assert capsys.readouterr().out.rstrip("\n") == twelve_lines(evaluation.stats)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [({"metric": "box"}, "'box'"), ({"metric": ()}, "bbox"), ({"backend": "coco"}, "'coco'")])
+@pytest.mark.parametrize("arguments, said", [({"metric": "box"}, "'box'"), ({"metric": ()}, "bbox"), ({"backend": "coco"}, "'coco'")])
 def test_unknown_choices_are_refused(arguments, said):
     with pytest.raises(ConfigError, match=said):
         METRICS.build({"type": "CocoMetric", **arguments})

@@ -5,9 +5,11 @@ epoch. The order is from cheap to dear: names and arguments of the whole config,
 """
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,9 +19,13 @@ import mmengine.registry as mm
 import mmengine.visualization  # noqa: F401  (its registry is filled by its import)
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict, build_optim_wrapper
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from torch import nn
 from torch.utils.data import DataLoader
 
+from visionkit.datasets.sampler import seeded
 from visionkit.registry import (
     BACKBONES,
     DATASETS,
@@ -34,12 +40,15 @@ from visionkit.registry import (
     OPTIMIZERS,
     PARAM_SCHEDULERS,
     SAMPLERS,
+    SCOPE,
     TRANSFORMS,
     ConfigError,
     check_arguments,
     did_you_mean,
+    dotted,
     registries,
 )
+from visionkit.transforms import BrokenImageError
 
 Path = tuple[str | int, ...]
 
@@ -60,21 +69,40 @@ RUNNER_TAKES = {HOOKS: {"priority"}, PARAM_SCHEDULERS: {"convert_to_iter_based"}
 LOADER_TAKES = {"dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "num_batch_per_epoch",
                 "disable_subprocess_warning"}
 # Top-level keys that somebody reads, beside the arguments of mmengine's Runner.
-OTHER_KEYS = {"custom_imports", "runner_type", "model_wrapper_cfg", "sync_bn"}
+OTHER_KEYS = {"custom_imports", "runner_type", "model_wrapper_cfg", "sync_bn", "load_from_strict", "find_unused_parameters"}
+# What the Runner wants all together or not at all.
+SECTIONS = (("train_dataloader", "train_cfg", "optim_wrapper"), ("val_dataloader", "val_cfg", "val_evaluator"),
+            ("test_dataloader", "test_cfg", "test_evaluator"))
 
 
 def preflight(cfg: Config, training: bool = True) -> None:
     """Check a whole config before any long work.
 
+    The generators of random numbers are afterwards as they were.
+
     Args:
         cfg: as `load_config` returns it.
-        training: also check what only training uses; otherwise the model and the test part.
+        training: check what training and validation use; otherwise what a test uses.
 
     Raises:
         ConfigError: what was wanted, what came and what to change, with the path in the config.
     """
     check_keys(cfg)
     check_components(cfg)
+    check_sections(cfg, training)
+    with seeded(0), DefaultScope.overwrite_default_scope(SCOPE):
+        model = build_parts(cfg, training)
+        classes: dict[Path, tuple[str, ...]] = {}
+        for key in LOADERS[:2] if training else LOADERS[2:]:
+            if cfg.get(key):
+                dataset, sampler = build_data(cfg[key], key)
+                check_data(dataset, (key, "dataset"), training=key == "train_dataloader")
+                load_first(dataset, sampler, (key, "dataset"))
+                if key == "train_dataloader":
+                    build_schedule(cfg, model, epoch_length=max(1, len(sampler) // cfg[key].get("batch_size", 1)))
+                if dataset_classes(dataset):
+                    classes[key, "dataset"] = dataset_classes(dataset)
+        check_classes(cfg.model, model, classes)
 
 
 # ------------------------------------------------------------------------------------------------------ names and arguments
@@ -104,7 +132,8 @@ def check_components(cfg: Mapping[str, Any]) -> None:
             section = _with_default_type(key, section)
             if key in LOADERS:
                 _check_arguments(DataLoader, set(section) - LOADER_TAKES, (key,))
-        _check_below(section, (key,))
+        for path, node in _components(section, (key,)):
+            _check_component(node, path)
 
 
 def _known_keys() -> set[str]:
@@ -123,6 +152,18 @@ def _parts(node: Any) -> Iterator[Any]:
             yield from _parts(value)
 
 
+def _components(node: Any, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Every dict with a `type` in `node`, with its path."""
+    if isinstance(node, Mapping):
+        if "type" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from _components(value, (*path, key))
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _components(value, (*path, index))
+
+
 def _with_default_type(key: str, section: Mapping[str, Any]) -> Mapping[str, Any]:
     """`section` with the type that the Runner gives it where it names none."""
     if "type" in section or not section:
@@ -135,17 +176,6 @@ def _with_default_type(key: str, section: Mapping[str, Any]) -> Mapping[str, Any
     default = {"val_cfg": "ValLoop", "test_cfg": "TestLoop", "optim_wrapper": "OptimWrapper", "log_processor": "LogProcessor",
                "visualizer": "Visualizer"}
     return {"type": default[key], **section} if key in default else section
-
-
-def _check_below(node: Any, path: Path) -> None:
-    if isinstance(node, Mapping):
-        if "type" in node:
-            _check_component(node, path)
-        for key, value in node.items():
-            _check_below(value, (*path, key))
-    elif isinstance(node, (list, tuple)):
-        for index, value in enumerate(node):
-            _check_below(value, (*path, index))
 
 
 def _check_component(node: Mapping[str, Any], path: Path) -> None:
@@ -215,3 +245,189 @@ def _look_up(name: Any, registry: mm.Registry | None, path: Path) -> Any:
     known = ", ".join(sorted(registry.module_dict))
     near = did_you_mean(name, registry.module_dict) or f" Known: {known}."
     raise ConfigError(f"no {registry.name} named {name!r}.{near}", (*path, "type"))
+
+
+# --------------------------------------------------------------------------------------------------------------- real builds
+
+def check_sections(cfg: Mapping[str, Any], training: bool) -> None:
+    """What the Runner wants only together is there together."""
+    if cfg.get("model") is None:
+        raise ConfigError("the config has no `model`", ("model",))
+    for group in SECTIONS:
+        absent = [key for key in group if cfg.get(key) is None]
+        needed = group[0] == ("train_dataloader" if training else "test_dataloader")
+        if absent and (needed or len(absent) < len(group)):
+            raise ConfigError(f"{', '.join(group)} belong together, and the config has no {' and no '.join(absent)}; "
+                              f"{'set it' if needed else 'set it, or set all three to None'}", (absent[0],))
+
+
+def build_parts(cfg: Config, training: bool) -> nn.Module:
+    """Build the metrics, hooks, log processor and model; the model is returned."""
+    for key in ("val_evaluator",) if training else ("test_evaluator",):
+        for path, node in _components(cfg.get(key), (key,)):
+            if "metrics" not in node:
+                _build(METRICS, node, path)
+    hooks = {("default_hooks", name): hook for name, hook in (cfg.get("default_hooks") or {}).items()}
+    hooks |= {("custom_hooks", index): hook for index, hook in enumerate(cfg.get("custom_hooks") or ())}
+    for path, hook in hooks.items():
+        if hook is not None:
+            with contextlib.suppress(RuntimeError):          # a hook may want the Runner's visualizer, which is not there yet
+                _build(HOOKS, hook, path)
+    if cfg.get("log_processor"):
+        _build(mm.LOG_PROCESSORS, _with_default_type("log_processor", cfg.log_processor), ("log_processor",))
+    return _build(MODELS, cfg.model, ("model",))
+
+
+def build_data(section: Mapping[str, Any], key: str) -> tuple[Any, Any]:
+    """Build the data set and the sampler of a loader, and check the loader's other settings."""
+    dataset = _build(DATASETS, section["dataset"], (key, "dataset"))
+    with _at(key, "dataset"):
+        if hasattr(dataset, "full_init"):
+            dataset.full_init()
+    sampler = _build(SAMPLERS, section.get("sampler") or {"type": "DefaultSampler"}, (key, "sampler"), dataset=dataset, seed=0)
+    if section.get("batch_sampler"):
+        _build(SAMPLERS, section["batch_sampler"], (key, "batch_sampler"), sampler=sampler, batch_size=section.get("batch_size"))
+    with _at(key):                                           # number of workers, prefetching, ...: torch's own checks
+        Runner.build_dataloader({**section, "dataset": range(8), "sampler": None, "batch_sampler": None})
+    return dataset, sampler
+
+
+def build_schedule(cfg: Config, model: nn.Module, epoch_length: int) -> None:
+    """Build the optimizer on the model's parameters, and the schedulers on it."""
+    with _at("optim_wrapper"):
+        wrapper = build_optim_wrapper(model, cfg.optim_wrapper) if isinstance(cfg.optim_wrapper, Mapping) else cfg.optim_wrapper
+    schedulers = cfg.get("param_scheduler") or ()
+    if isinstance(wrapper, OptimWrapperDict):                # several optimizers: their names and arguments are checked above
+        return
+    alone = isinstance(schedulers, Mapping)
+    for index, scheduler in enumerate([schedulers] if alone else schedulers):
+        path = ("param_scheduler",) if alone else ("param_scheduler", index)
+        with _at(*path):
+            by_epoch = scheduler.get("by_epoch", True)
+            iterations = cfg.train_cfg.get("max_iters") or cfg.train_cfg.get("max_epochs", 1) * epoch_length
+            end = cfg.train_cfg.get("max_epochs", iterations // epoch_length) if by_epoch else iterations
+            mm.PARAM_SCHEDULERS.build({"end": end, **scheduler}, default_args={"optimizer": wrapper, "epoch_length": epoch_length})
+
+
+def _build(registry: mm.Registry, node: Any, path: Path, **offered: Any) -> Any:
+    if not isinstance(node, Mapping):
+        return node
+    node = {key: value for key, value in node.items() if key not in RUNNER_TAKES.get(registry, ())}
+    with _at(*path):
+        return registry.build(node, default_args=offered) if offered else registry.build(node)
+
+
+@contextlib.contextmanager
+def _at(*path: str | int) -> Iterator[None]:
+    """Errors from the block get their place in the config. Those that tell of a bug rather than of a setting pass through."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.under(*path) from error.__cause__
+    except (ValueError, TypeError, LookupError, AssertionError, ImportError, OSError) as error:
+        kind = "" if type(error) is ValueError or isinstance(error, BrokenImageError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{kind}{error}", path) from error
+
+
+# ------------------------------------------------------------------------------------------------------------------------ data
+
+def leaves(dataset: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    """The data sets within wrappers such as ConcatDataset, with their paths in the config."""
+    if hasattr(dataset, "datasets"):
+        for index, part in enumerate(dataset.datasets):
+            yield from leaves(part, (*path, "datasets", index))
+    elif hasattr(dataset, "dataset"):
+        yield from leaves(dataset.dataset, (*path, "dataset"))
+    else:
+        yield path, dataset
+
+
+def check_data(dataset: Any, path: Path, training: bool) -> None:
+    """Every image file exists; for training, there is a box to learn from."""
+    boxes = [_has_boxes(leaf) for _, leaf in leaves(dataset, path)]
+    if training and boxes and all(found is False for found in boxes):
+        raise ConfigError(
+            f"no box is left to train on in {len(dataset)} images. Classes: {', '.join(dataset_classes(dataset)) or 'none'}. "
+            f"Compare them with the annotation file, and look at filter_cfg", path)
+    for leaf_path, leaf in leaves(dataset, path):
+        missing = missing_files(leaf)
+        if missing:
+            named = ", ".join(f"{file} (image id {img_id})" for img_id, file in missing[:3])
+            message = f"{len(missing)} of {len(leaf)} image files do not exist: {named}{', ...' if len(missing) > 3 else ''}"
+            if getattr(leaf, "on_error", "raise") == "skip":
+                print_log(f"{dotted(leaf_path)}: {message}; others replace them", logger="current", level=logging.WARNING)
+            else:
+                raise ConfigError(f"{message}. Look at data_root and data_prefix, or set on_error='skip' to train without them", leaf_path)
+
+
+def missing_files(dataset: Any) -> list[tuple[Any, str]]:
+    """(image id, path) of each image file that is not there; a listing a folder, not a question a file."""
+    if not hasattr(dataset, "get_data_info") or "img" in dataset.get_data_info(0):
+        return []                                            # generated
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for index in range(len(dataset)):
+        record = dataset.get_data_info(index)
+        file = record.get("img_path")
+        if not file or "://" in file:
+            continue
+        folder, name = os.path.split(file)
+        if folder not in listings:
+            listings[folder] = {entry.name for entry in os.scandir(folder or ".")} if os.path.isdir(folder or ".") else set()
+        if name not in listings[folder]:
+            missing.append((record.get("img_id", index), file))
+    return missing
+
+
+def load_first(dataset: Any, sampler: Any, path: Path) -> Any:
+    """The first sample, through the whole pipeline; where that fails, the error names the transform."""
+    draw = next(iter(sampler))
+    try:
+        return dataset[draw]
+    except Exception as error:
+        for leaf_path, leaf in leaves(dataset, path):
+            if leaf is dataset and hasattr(getattr(leaf, "pipeline", None), "transforms"):
+                results = leaf.get_data_info(draw)
+                for index, transform in enumerate(leaf.pipeline.transforms):
+                    with _at(*leaf_path, "pipeline", index):
+                        results = transform(results)
+                    if results is None:
+                        break
+        with _at(*path):
+            raise error
+
+
+def dataset_classes(dataset: Any) -> tuple[str, ...]:
+    """The names of the classes; empty where the data set has none."""
+    return tuple((getattr(dataset, "metainfo", None) or {}).get("classes", ()))
+
+
+def check_classes(model_cfg: Any, model: nn.Module, classes: Mapping[Path, tuple[str, ...]]) -> None:
+    """All data sets have the same classes in the same order, and the model predicts as many."""
+    if not classes:
+        return
+    (first_path, first), *others = classes.items()
+    for path, names in others:
+        if names != first:
+            raise ConfigError(f"its classes are {', '.join(names)}, but those of {dotted(first_path)} are {', '.join(first)}; a label is "
+                              f"an index into them, so set metainfo=dict(classes=...) to the same in both", path)
+    for place, number in _class_numbers(model_cfg, model):
+        if number != len(first):
+            raise ConfigError(f"the model has {number} classes, but {dotted(first_path)} has {len(first)} ({', '.join(first)}); "
+                              f"set num_classes={len(first)}", place)
+
+
+def _class_numbers(model_cfg: Any, model: nn.Module) -> list[tuple[Path, int]]:
+    """Every `num_classes` of the model, the backbone's aside: those in the config, or else those of the modules."""
+    found = [((*path, "num_classes"), node["num_classes"]) for path, node in _components(model_cfg, ("model",)) if "num_classes" in node]
+    if not found:
+        found = [(("model", *name.split("."), "num_classes") if name else ("model", "num_classes"), module.num_classes)
+                 for name, module in model.named_modules() if isinstance(getattr(module, "num_classes", None), int)]
+    return [(path, number) for path, number in found if "backbone" not in path]
+
+
+def _has_boxes(dataset: Any) -> bool | None:
+    """Whether any object counts; None where the data set is not of objects."""
+    if not hasattr(dataset, "get_data_info") or not len(dataset) or "instances" not in dataset.get_data_info(0):
+        return None
+    return any(not instance.get("ignore_flag") for index in range(len(dataset)) for instance in dataset.get_data_info(index)["instances"])
