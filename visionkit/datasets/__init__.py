@@ -2,7 +2,13 @@
 from visionkit.datasets.base import Dataset
 from visionkit.datasets.coco import CocoDataset
 from visionkit.datasets.detection import DetectionDataset
-from visionkit.datasets.sampler import Draw, DrawSampler, InfiniteDrawSampler
+from visionkit.datasets.report import DatasetReport, report
+from visionkit.datasets.roots import resolve
+from visionkit.datasets.sampler import Draw, DrawSampler, InfiniteDrawSampler, seeded
 from visionkit.datasets.shapes import ShapesDataset
+from visionkit.datasets.throughput import images_per_second
+from visionkit.datasets.voc import VOCDataset
+from visionkit.datasets.workers import worker_init
 
-__all__ = ["CocoDataset", "Dataset", "DetectionDataset", "Draw", "DrawSampler", "InfiniteDrawSampler", "ShapesDataset"]
+__all__ = ["CocoDataset", "Dataset", "DatasetReport", "DetectionDataset", "Draw", "DrawSampler", "InfiniteDrawSampler", "ShapesDataset",
+           "VOCDataset", "images_per_second", "report", "resolve", "seeded", "worker_init"]
