@@ -13,7 +13,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="go on with the run in the work folder, from its newest readable checkpoint, or from the one named")
     parser.add_argument("--amp", action="store_true", help="compute the forward pass in bfloat16, on GPU or CPU")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="change the config, such as train_cfg.max_epochs=3 data.0.type=X; +KEY=VALUE adds a key")
+                        help="change the config, such as train_cfg.max_epochs=3 param_scheduler.0.end=5; +KEY=VALUE adds a key")
     parser.add_argument("--launcher", choices=["none", "pytorch"], help="pytorch: this process was started by torchrun")
     parser.add_argument("--seed", type=int, help="of weights, data order, augmentation and dropout")
     parser.add_argument("--traceback", action="store_true", help="show where in the code a wrong setting was noticed")
@@ -22,17 +22,27 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()                            # before the imports: --help must answer at once
-    from visionkit.engine import load_config, train
+    from visionkit.engine import Stopped, load_config, resume_command, train
+    from visionkit.engine.distributed import end_processes, is_first_process
     from visionkit.registry import ConfigError
+    seed = [] if arguments.seed is None else [f"+randomness.seed={arguments.seed}"]
     try:
-        options = [*arguments.cfg_options, *([f"+randomness.seed={arguments.seed}"] if arguments.seed is not None else [])]
-        train(load_config(arguments.config, options), resume=arguments.resume or False, amp=arguments.amp,
+        train(load_config(arguments.config, [*arguments.cfg_options, *seed]), resume=arguments.resume or False, amp=arguments.amp,
               launcher=arguments.launcher, work_dir=arguments.work_dir)
     except ConfigError as error:
         if arguments.traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if is_first_process():
+            print(f"{stopped}\nTo go on: {resume_command()}", flush=True)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped at once, without saving", file=sys.stderr)
+        return 130
+    finally:
+        end_processes()
     return 0
 
 

@@ -6,12 +6,18 @@ default_hooks = dict(
     sampler_seed=dict(type="DistSamplerSeedHook"),
     logger=dict(type="LoggerHook", interval=50),
     param_scheduler=dict(type="ParamSchedulerHook"),
+    throughput=dict(type="ThroughputHook"),
+    replaced_images=dict(type="ReplacedImagesHook"),
+    progress=dict(type="ProgressHook"),
+    stop=dict(type="StopHook"),
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3),
 )
 custom_hooks = []
-log_processor = dict(type="LogProcessor", window_size=50, by_epoch=True)
+log_processor = dict(type="LogProcessor", window_size=50, by_epoch=True,
+                     mean_pattern=r".*(loss|time|data_time|grad_norm|images_per_s).*")
 log_level = "INFO"
-visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")])  # scalars as JSON lines
+# Scalars as JSON lines; TensorBoard is added where it is installed.
+visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")])
 randomness = dict(seed=0)
 env_cfg = dict(cudnn_benchmark=False, mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0))
 work_dir = None                    # work_dirs/<name of the config>

@@ -16,13 +16,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
+from mmengine.dist import barrier, get_rank
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import CheckpointLoader, get_torchvision_models
 from torch import Tensor, nn
+
+from visionkit.registry import ConfigError, did_you_mean
 
 SEAL = b"visionkit saved_ns:%020d sha256:"                   # the digest follows, as 64 hexadecimal digits
 SEAL_LENGTH = len(SEAL % 0) + 64
@@ -30,7 +34,7 @@ TEMPORARY = ".partial"                                       # ends the name of 
 ENOUGH = 0.9                                                 # share of a model's values that load_from has to fill
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ConfigError):
     """A checkpoint that is damaged, holds what is never loaded, or does not fit the model."""
 
 
@@ -126,14 +130,15 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", mmap: bo
         mmap: leave the tensors on disk until they are used.
 
     Raises:
-        CheckpointError: the file is damaged, or holds objects other than tensors and plain values.
-        FileNotFoundError: there is no such file.
+        CheckpointError: there is no such file, it is damaged, or it holds objects other than tensors and plain values.
     """
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint {str(path)!r}")
+        folder, name = os.path.split(path)
+        files = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+        raise CheckpointError(f"no checkpoint {str(path)!r}.{did_you_mean(name, files)}")
     if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file              # a format without code by design
+        from safetensors.torch import load_file  # a format without code by design
         return {"state_dict": load_file(path, device=str(map_location or "cpu"))}
     if not verify_seal(path):
         print_log(f"{path} carries no checksum, so it is loaded unverified", logger="current")
@@ -161,7 +166,30 @@ def load_from_file(filename: str, map_location: Any = None) -> dict[str, Any]:
     return read_checkpoint(filename, map_location)
 
 
+def load_from_url(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """`read_checkpoint` of a file downloaded once into torch's cache."""
+    cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(filename).path))
+    if not os.path.isfile(cached) and get_rank() == 0:
+        os.makedirs(os.path.dirname(cached), exist_ok=True)
+        torch.hub.download_url_to_file(filename, cached)     # by way of a temporary file
+    barrier()
+    return read_checkpoint(cached, map_location)
+
+
+def load_from_torchvision(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """torchvision's own weights, such as `torchvision://resnet50`."""
+    return load_from_url(get_torchvision_models()[filename.partition("://")[2]], map_location)
+
+
+def load_from_elsewhere(filename: str, map_location: Any = None) -> dict[str, Any]:
+    raise CheckpointError(f"checkpoints come from files, http(s)://... or torchvision://..., not from {filename!r}")
+
+
+# mmengine's own loaders of URLs run what is in a pickle, so every way into its loader is replaced.
+CheckpointLoader.register_scheme([prefix for prefix in CheckpointLoader._schemes if prefix], loader=load_from_elsewhere, force=True)
 CheckpointLoader.register_scheme("", loader=load_from_file, force=True)
+CheckpointLoader.register_scheme(["http://", "https://"], loader=load_from_url, force=True)
+CheckpointLoader.register_scheme("torchvision://", loader=load_from_torchvision, force=True)
 
 
 def drop_executable(checkpoint: dict[str, Any]) -> None:
@@ -186,7 +214,8 @@ def _read_seal(path: str | os.PathLike) -> bytes:
 # ------------------------------------------------------------------------------------------------------------ plain values
 
 def to_plain(value: Any) -> Any:
-    """`value` without classes that a safe loader refuses: numpy and mmengine's history buffers become plain."""
+    """`value` without what a safe loader refuses: numpy and mmengine's history buffers become plain, functions in a dict are
+    left out (schedulers have some in their state, and get them from their constructor anyway)."""
     if isinstance(value, HistoryBuffer):
         return {"history": torch.tensor(value._log_history, dtype=torch.float64), "counts": torch.tensor(value._count_history)}
     if isinstance(value, np.ndarray):
@@ -194,7 +223,7 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping):
-        return {to_plain(key): to_plain(item) for key, item in value.items()}
+        return {to_plain(key): to_plain(item) for key, item in value.items() if not callable(item)}
     if isinstance(value, (list, tuple, set, frozenset)):
         items = [to_plain(item) for item in value]
         return tuple(items) if isinstance(value, tuple) else items

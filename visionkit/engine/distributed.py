@@ -44,3 +44,8 @@ def end_processes() -> None:
     """Leave the group, so that torch has nothing to complain about."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks to the user."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,12 +1,15 @@
 """What happens around the iterations of a run: checkpoints, seeds, stopping, progress, and what the data path did."""
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
 import shlex
 import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -14,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from mmengine.dist import all_gather_object, get_rank, is_main_process
+from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 from visionkit.engine.checkpoint import check_fit, drop_executable, sweep_partial_files, to_history, to_plain, write_atomically
+from visionkit.engine.loops import geometry
+from visionkit.engine.schedules import continue_schedule, group_settings
 from visionkit.registry import HOOKS, ConfigError, did_you_mean
 
 
@@ -67,6 +71,7 @@ class CheckpointHook(Hook):
             raise ValueError(f"rule is 'greater' or 'less', one for all or one for each of save_best={self.metrics}; got {rule!r}")
         self.rules = dict(zip(self.metrics, rules, strict=True))
         self.saved_at = -1                                   # the iteration of the newest checkpoint of this process
+        self.configured: list[dict[str, Any]] | None = None  # of a resumed run: the optimizer's settings in the config
 
     # what goes into a checkpoint and comes out of it
 
@@ -79,6 +84,7 @@ class CheckpointHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         drop_executable(checkpoint)                          # again: a checkpoint from a URL did not come through our loader
         resuming = runner._resume
+        self.configured = group_settings(runner) if resuming else None
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if resuming or runner.cfg.get("load_from_strict", True):
             check_fit(model, checkpoint["state_dict"], str(runner._load_from), **({"share": 1.0} if resuming else {}))
@@ -97,8 +103,12 @@ class CheckpointHook(Hook):
         if is_main_process():
             for name in sweep_partial_files(self.folder):
                 runner.logger.info(f"deleted {name}, which a stopped run left half-written")
+        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
+            raise ConfigError("this counts epochs, and training by iterations has none; set by_epoch=False and interval=...",
+                              ("default_hooks", "checkpoint"))
         self.kept: list[str] = list(runner.message_hub.get_info("kept_checkpoints", []))
-        runner.logger.info(f"checkpoints go to {self.folder}")
+        if self.configured is not None:
+            continue_schedule(runner, self.configured)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if not self.by_epoch and (self.every_n_train_iters(runner, self.interval, self.save_begin)
@@ -111,6 +121,7 @@ class CheckpointHook(Hook):
             self.save(runner, epoch=runner.epoch + 1, iteration=runner.iter)
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
+        runner.message_hub.update_info("validated_at", runner.iter)
         better = [name for name in self.metrics if self._is_better(runner, name, metrics or {})]
         if better and self.saved_at == runner.iter:          # so that a resumed run knows the best so far
             self.save(runner, epoch=runner.epoch, iteration=runner.iter)
@@ -123,6 +134,7 @@ class CheckpointHook(Hook):
         name = (self.filename_tmpl or ("epoch_{}.pth" if at_epoch_end else "iter_{}.pth")).format(epoch if at_epoch_end else iteration)
         self.kept = [other for other in self.kept if other != name] + [name]
         runner.message_hub.update_info("kept_checkpoints", self.kept)
+        runner.message_hub.update_info("geometry", geometry(runner.train_dataloader))
         runner.save_checkpoint(str(self.folder), name, save_optimizer=self.save_optimizer,
                                save_param_scheduler=self.save_param_scheduler, meta={"epoch": epoch, "iter": iteration})
         self.saved_at = iteration
@@ -172,3 +184,273 @@ class IterationSeedHook(Hook):
         torch.manual_seed(seed)                              # every GPU included
         np.random.seed(seed % 2**32)
         random.seed(seed)
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and did after saving.
+
+    Args:
+        by: the signal.
+        checkpoint: what was saved.
+    """
+
+    def __init__(self, by: signal.Signals, checkpoint: Path) -> None:
+        super().__init__(by, checkpoint)
+        self.checkpoint = checkpoint
+        self.exit_code = 130 if by == signal.SIGINT else 0   # Ctrl-C in a shell loop shall end the loop, too
+
+    def __str__(self) -> str:
+        return f"stopped by {self.args[0].name}; saved {self.checkpoint}"
+
+
+@HOOKS.register_module()
+class StopHook(Hook):
+    """On SIGTERM or Ctrl-C, finish the iteration, save, and raise `Stopped`; a second Ctrl-C stops at once.
+
+    Ranks agree on the iteration. In a validation a single process stops at once, several after it; a resumed run repeats it.
+    """
+
+    priority = "LOWEST"                                      # after whatever else belongs to the iteration
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
+
+    def before_train(self, runner: Runner) -> None:
+        self._process = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def release(self) -> None:
+        """Leave the signals as they were."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:                     # a data worker: its process ends when training does
+            return
+        if self.asked is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number)
+        if hasattr(signal, "SIGCHLD"):                       # the signal may have killed the data workers as well, which torch would
+            previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # report by an exception in the middle of the iteration
+            self._previous.setdefault(signal.SIGCHLD, previous)
+        again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+        os.write(2, f"\n{self.asked.name}: finishing the iteration, then saving{again}\n".encode())
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        updated = getattr(runner.optim_wrapper, "should_update", lambda: True)()
+        if self._agreed() and updated:                       # not between two iterations whose gradients are added up
+            self._stop(runner, epoch=runner.epoch, iteration=runner.iter + 1)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if self.asked and get_world_size() == 1 and not isinstance(runner._train_loop, dict):
+            for hook in runner.hooks:
+                if isinstance(hook, EMAHook):
+                    hook.after_val_epoch(runner)             # the model holds the averaged weights; put its own back
+            self._stop(runner, epoch=runner.epoch, iteration=runner.iter)
+
+    def after_val(self, runner: Runner) -> None:
+        if get_world_size() > 1 and not isinstance(runner._train_loop, dict) and self._agreed():
+            self._stop(runner, epoch=runner.epoch, iteration=runner.iter)
+
+    def _agreed(self) -> bool:
+        """Whether any rank was asked to stop, so that all do after the same iteration."""
+        if get_world_size() > 1:
+            asked = torch.tensor(self.asked or 0)
+            all_reduce(asked, "max")
+            self.asked = signal.Signals(asked.item()) if asked else None
+        return self.asked is not None
+
+    def _stop(self, runner: Runner, epoch: int, iteration: int) -> None:
+        saver = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+        if saver is None:
+            raise KeyboardInterrupt                          # the config does without checkpoints
+        if saver.saved_at != iteration:
+            saver.save(runner, epoch, iteration)
+        raise Stopped(self.asked, saver.folder / saver.kept[-1])
+
+
+def resume_command() -> str:
+    """The command line of this process with `--resume`, to be copied into a shell."""
+    arguments = list(sys.orig_argv)
+    if "--resume" in arguments:
+        at = arguments.index("--resume")
+        has_value = len(arguments) > at + 1 and not arguments[at + 1].startswith("-")
+        del arguments[at:at + 1 + has_value]
+    arguments = [argument for argument in arguments if not argument.startswith("--resume=")]
+    if "TORCHELASTIC_RUN_ID" in os.environ:                  # torchrun started `python -u tools/train.py ...`
+        script = next(index for index, argument in enumerate(arguments[1:], 1) if not argument.startswith("-"))
+        arguments = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}", *arguments[script:]]
+    return shlex.join([*arguments, "--resume"])
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """A progress bar with the time that is left, where standard error is a terminal; otherwise nothing."""
+
+    priority = "VERY_LOW"
+
+    def __init__(self) -> None:
+        self.progress: Any = None
+        self._streams: list[tuple[logging.StreamHandler, Any]] = []
+
+    def before_train(self, runner: Runner) -> None:
+        if self._start(runner):
+            self.training = self.progress.add_task("train", total=runner.max_iters, completed=runner.iter, note="")
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if self.progress:
+            losses = outputs or {}
+            note = f"loss {float(losses['loss']):.4f}" if "loss" in losses else ""
+            by_epoch = f"epoch {runner.epoch + 1}/{runner.max_epochs}" if runner.max_epochs > 1 else "train"
+            self.progress.update(self.training, advance=1, description=by_epoch, note=note)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        if self._start(runner):
+            self.evaluation = self.progress.add_task("validate", total=len(runner.val_dataloader), note="")
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._advance()
+
+    def after_val_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
+        self._remove()
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        if self._start(runner):
+            self.evaluation = self.progress.add_task("test", total=len(runner.test_dataloader), note="")
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._advance()
+
+    def after_test_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
+        self._remove()
+
+    def after_run(self, runner: Runner) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the terminal back."""
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+        for handler, stream in self._streams:
+            handler.setStream(stream)
+        self._streams = []
+
+    def _start(self, runner: Runner) -> bool:
+        """Whether there is a bar to show progress on."""
+        if self.progress is None and is_main_process() and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            self.progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                                     TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                                     console=Console(file=sys.stderr), transient=True)
+            self.progress.start()
+            for handler in runner.logger.handlers:           # log lines go above the bar, by way of rich
+                if type(handler) is logging.StreamHandler:
+                    self._streams.append((handler, handler.setStream(sys.stderr)))
+        return self.progress is not None
+
+    def _advance(self) -> None:
+        if self.progress:
+            self.progress.advance(self.evaluation)
+
+    def _remove(self) -> None:
+        if self.progress:
+            self.progress.remove_task(self.evaluation)
+
+
+@HOOKS.register_module()
+class ReplacedImagesHook(Hook):
+    """After each epoch tell how many images could not be read and were replaced (`on_error="skip"` of a data set).
+
+    Args:
+        most: how many of them to name.
+    """
+
+    def __init__(self, most: int = 5) -> None:
+        self.most = most
+        self.replaced: list[str] = []
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self.replaced = []
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        samples = data_batch.get("data_samples", ()) if isinstance(data_batch, Mapping) else ()
+        for sample in samples:
+            self.replaced += getattr(sample, "replaced", ())
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        replaced = [message for rank in all_gather_object(self.replaced) for message in rank]
+        if replaced:
+            runner.message_hub.update_scalar("train/replaced_images", len(replaced))
+            distinct = list(dict.fromkeys(replaced))
+            more = f"\n  and {len(distinct) - self.most} more" if len(distinct) > self.most else ""
+            runner.logger.warning(f"{len(replaced)} images could not be read in this epoch and were replaced by others:"
+                                  + "".join(f"\n  {message}" for message in distinct[:self.most]) + more)
+
+
+class TimedFetch:
+    """Takes the samples of a batch from a data set, as torch's loader would, and notes in them how long that took.
+
+    torch calls `dataset.__getitems__` where there is one.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __call__(self, indices: Sequence[int]) -> list[Any]:
+        start = time.perf_counter()
+        samples = [self.dataset[index] for index in indices]
+        seconds = time.perf_counter() - start
+        return [{**sample, "load_seconds": seconds} if isinstance(sample, dict) else sample for sample in samples]
+
+
+@HOOKS.register_module()
+class ThroughputHook(Hook):
+    """Log how many images a second are trained, and beside it how many the data loader could give at most.
+
+    What the loader could give is measured where images are loaded, in the workers: images over the time spent on them, times the
+    number of workers. If training waits for data more than `tolerated` of its time, the end of the epoch tells so.
+
+    Args:
+        tolerated: share of the time.
+    """
+
+    priority = "HIGH"                                        # the batch must be as the model knows it when others see it
+
+    def __init__(self, tolerated: float = 0.1) -> None:
+        self.tolerated = tolerated
+
+    def before_train(self, runner: Runner) -> None:
+        dataset = runner.train_dataloader.dataset
+        if not hasattr(dataset, "__getitems__"):
+            dataset.__getitems__ = TimedFetch(dataset)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self.finished = time.perf_counter()
+        self.waited = self.worked = 0.0
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self.waited += time.perf_counter() - self.finished
+        seconds = data_batch.pop("load_seconds", None) if isinstance(data_batch, dict) else None
+        if seconds:
+            workers = max(1, runner.train_dataloader.num_workers) * get_world_size()
+            runner.message_hub.update_scalar("train/loader_images_per_s", len(seconds) * workers / max(seconds[0], 1e-9))
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        seconds = time.perf_counter() - self.finished
+        self.finished += seconds
+        self.worked += seconds
+        runner.message_hub.update_scalar("train/images_per_s", geometry(runner.train_dataloader)["images_per_iter"] / seconds)
+
+    def after_val(self, runner: Runner) -> None:
+        self.finished = time.perf_counter()                  # between two iterations of IterLoop
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        if self.worked > 10 and self.waited > self.tolerated * self.worked:  # in seconds: not for the start of the workers alone
+            runner.logger.warning(f"training waited for data {self.waited / self.worked:.0%} of its time; more workers may help "
+                                  f"(train_dataloader.num_workers, now {runner.train_dataloader.num_workers})")

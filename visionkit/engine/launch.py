@@ -2,14 +2,19 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.runner import Runner
 
-from visionkit.engine.checkpoint import find_resumable
+from visionkit.engine.checkpoint import CheckpointError, find_resumable, read_checkpoint
 from visionkit.engine.distributed import start_processes
+from visionkit.engine.preflight import preflight
 from visionkit.registry import ConfigError
 
 
@@ -19,7 +24,7 @@ def train(cfg: Config, *, resume: bool | str = False, amp: bool = False, launche
 
     Args:
         cfg: from `load_config`; it is not changed.
-        resume: go on with the run in the work folder, or from the checkpoint named.
+        resume: go on with the run in the work folder (true or `auto`), or from the checkpoint named.
         amp: the forward pass in bfloat16.
         launcher: `pytorch` in processes that torchrun started.
         work_dir: where logs and checkpoints go; by default `work_dirs/<name of the config>`.
@@ -29,58 +34,130 @@ def train(cfg: Config, *, resume: bool | str = False, amp: bool = False, launche
 
     Raises:
         ConfigError: something in `cfg` cannot be used; raised before any long work.
+        Stopped: a signal asked to stop; the run is saved.
     """
-    from visionkit.engine.preflight import preflight
-
     cfg = _prepared(cfg, launcher, work_dir)
     if amp:
-        _set_autocast(cfg)
+        _use_autocast(cfg)
     preflight(cfg)
     start_processes(cfg)
-    _set_resume(cfg, resume if resume else cfg.get("resume", False))
-    runner = Runner.from_cfg(cfg)
-    runner.logger.info(f"seed {runner.seed}, {runner.world_size} process(es)")
-    runner.train()
+    note = _choose_checkpoint(cfg, resume or cfg.get("resume", False))
+    runner = _build_runner(cfg)
+    if note:
+        runner.logger.info(note)
+    runner.logger.info(f"seed {runner.seed}, {runner.world_size} process(es), work folder {runner.work_dir}")
+    try:
+        runner.train()
+    finally:
+        _release(runner)
+    runner.logger.info(_where_things_are(runner))
     return runner
 
 
-def test(cfg: Config, checkpoint: str | os.PathLike, *, launcher: str | None = None, work_dir: str | os.PathLike | None = None) -> dict:
-    """The metrics of the weights in `checkpoint` on the test set of `cfg`."""
-    from visionkit.engine.preflight import preflight
+def test(cfg: Config, checkpoint: str | os.PathLike, *, launcher: str | None = None,  # noqa: PT028  (not a pytest test)
+         work_dir: str | os.PathLike | None = None) -> dict[str, Any]:  # noqa: PT028
+    """The metrics of the weights in `checkpoint` on the test set of `cfg`.
 
+    Args:
+        cfg: from `load_config`; it is not changed.
+        checkpoint: a .pth or .safetensors file.
+        launcher: `pytorch` in processes that torchrun started.
+        work_dir: where logs go; by default `work_dirs/<name of the config>`.
+
+    Raises:
+        ConfigError: something in `cfg` cannot be used, or the checkpoint does not fit its model.
+    """
     cfg = _prepared(cfg, launcher, work_dir)
+    cfg.load_from, cfg.resume = os.fspath(checkpoint), False
     preflight(cfg, training=False)
     start_processes(cfg)
-    cfg.load_from, cfg.resume = str(checkpoint), False
-    return Runner.from_cfg(cfg).test()
+    _choose_checkpoint(cfg, False)
+    runner = _build_runner(cfg)
+    try:
+        return runner.test()
+    finally:
+        _release(runner)
 
 
 def _prepared(cfg: Config, launcher: str | None, work_dir: str | os.PathLike | None) -> Config:
+    """A copy of `cfg` with everything said that the Runner would otherwise choose less well."""
     cfg = copy.deepcopy(cfg)
     if launcher:
         cfg.launcher = launcher
     if work_dir or not cfg.get("work_dir"):
         cfg.work_dir = os.fspath(work_dir or Path("work_dirs") / Path(cfg.filename or "unnamed").stem)
+    if (cfg.get("train_cfg") or {}).get("by_epoch") is not None:       # mmengine builds its own loops from this form
+        cfg.train_cfg.type = "EpochLoop" if cfg.train_cfg.pop("by_epoch") else "IterLoop"
+    backends = (cfg.get("visualizer") or {}).get("vis_backends")
+    if backends is not None and find_spec("tensorboard") and "TensorboardVisBackend" not in [backend["type"] for backend in backends]:
+        backends.append({"type": "TensorboardVisBackend"})
     return cfg
 
 
-def _set_autocast(cfg: Config) -> None:
+def _use_autocast(cfg: Config) -> None:
     kind = cfg.optim_wrapper.get("type", "OptimWrapper")
     if kind not in ("OptimWrapper", "AutocastOptimWrapper"):
-        raise ConfigError(f"--amp replaces OptimWrapper by AutocastOptimWrapper, and this config has {kind!r}; run it without --amp",
+        raise ConfigError(f"--amp puts AutocastOptimWrapper in the place of OptimWrapper, but this is {kind!r}; run it without --amp",
                           ("optim_wrapper", "type"))
     cfg.optim_wrapper.type = "AutocastOptimWrapper"
 
 
-def _set_resume(cfg: Config, resume: bool | str) -> None:
-    cfg.resume = bool(resume)
-    if not resume:
-        return
+def _choose_checkpoint(cfg: Config, resume: bool | str) -> str:
+    """Set `load_from` and `resume` of `cfg`, the same in all processes; tells what was chosen and why."""
+    choice: list[Any] = [None]
+    if is_main_process():
+        try:
+            choice = [_checkpoint_of(cfg, resume)]
+        except ConfigError as error:                         # the other processes must not wait for the answer
+            choice = [error]
+    broadcast_object_list(choice)
+    if isinstance(choice[0], ConfigError):
+        raise choice[0]
+    cfg.load_from, cfg.resume, note = choice[0]
+    return note
+
+
+def _checkpoint_of(cfg: Config, resume: bool | str) -> tuple[str | None, bool, str]:
+    load_from = cfg.get("load_from")
     if resume in (True, "auto"):
         found = find_resumable(cfg.work_dir)
-        print(found.describe())
-        cfg.resume = found.path is not None
         if found.path:
-            cfg.load_from = str(found.path)
-    else:
-        cfg.load_from = str(resume)
+            return str(found.path), True, found.describe()
+        if any("weights only" not in reason for reason in found.passed_over.values()):
+            raise CheckpointError(f"{found.describe()}\nTo start anew in this folder, leave out --resume.")
+        return load_from, False, f"nothing to resume in {cfg.work_dir}: a new run starts"
+    if resume:
+        if not {"meta", "message_hub", "optimizer"} <= read_checkpoint(resume, mmap=True).keys():
+            raise CheckpointError(f"{resume} holds weights only, from which no run resumes; start a new one with "
+                                  f"--cfg-options load_from={resume}")
+        return str(resume), True, f"resuming from {resume}"
+    if load_from and "://" not in load_from:
+        read_checkpoint(load_from, mmap=True)                # a wrong name or a damaged file shows before any work
+    return load_from, False, ""
+
+
+def _build_runner(cfg: Config) -> Runner:
+    runner = Runner.from_cfg(cfg)
+    runner.logger.addFilter(_is_news)
+    return runner
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what mmengine says about its own use of its deprecated classes at every checkpoint."""
+    return not str(record.msg).startswith(('"FileClient" will be deprecated', '"HardDiskBackend" is the alias'))
+
+
+def _release(runner: Runner) -> None:
+    """Give back what hooks hold of the process, also after an error: the terminal, signal handlers."""
+    for hook in runner.hooks:
+        if hasattr(hook, "release"):
+            hook.release()
+    runner.visualizer.close()
+
+
+def _where_things_are(runner: Runner) -> str:
+    work_dir = Path(runner.work_dir)
+    folders = {"checkpoints": work_dir, "logs": Path(runner.log_dir)}
+    pictures = sorted({path.parent for suffix in ("png", "jpg") for path in work_dir.rglob(f"*.{suffix}")})
+    lines = [f"{what}: {folder}" for what, folder in folders.items()] + [f"pictures: {folder}" for folder in pictures]
+    return "done\n  " + "\n  ".join(lines)

@@ -1,16 +1,162 @@
-"""Training loops that go on in the middle of an epoch."""
+"""Training loops that go on at the very next batch, wherever a run stopped."""
 from __future__ import annotations
 
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import get_world_size
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.runner.base_loop import BaseLoop
+from mmengine.runner.utils import calc_dynamic_intervals
+from torch.utils.data import BatchSampler, DataLoader
+
+from visionkit.datasets.sampler import InfiniteDrawSampler
 from visionkit.registry import LOOPS
 
 
-@LOOPS.register_module()
+def geometry(dataloader: DataLoader) -> dict[str, int]:
+    """What an iteration means: how many images all processes take together, and how many iterations an epoch has."""
+    batch_size = getattr(dataloader.batch_sampler, "batch_size", None) or 1
+    return {"images_per_iter": batch_size * get_world_size(), "iters_per_epoch": len(dataloader)}
+
+
+def batches_from(dataloader: DataLoader, first: int) -> Iterator[Any]:
+    """The batches of `dataloader` from number `first` on; those before are not loaded where the sampler can tell what comes next."""
+    sampler = getattr(dataloader.batch_sampler, "sampler", None)
+    if first and hasattr(sampler, "resume_at") and type(dataloader.batch_sampler) is BatchSampler:
+        sampler.resume_at(first * dataloader.batch_size)
+        first = 0
+    return islice(dataloader, first, None)
+
+
+def endless_batches(dataloader: DataLoader, first: int) -> Iterator[Any]:
+    """The batches of one epoch after the other, from number `first` on."""
+    sampler = getattr(dataloader.batch_sampler, "sampler", None)
+    if isinstance(sampler, (InfiniteDrawSampler, InfiniteSampler)):
+        yield from batches_from(dataloader, first)
+    epoch, first = divmod(first, len(dataloader))
+    while True:
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        yield from batches_from(dataloader, first)
+        epoch, first = epoch + 1, 0
+
+
+@LOOPS.register_module(["EpochLoop", "EpochBasedTrainLoop"])
 class EpochLoop(EpochBasedTrainLoop):
-    """Train epoch by epoch, validating in between."""
+    """Train epoch by epoch, validating in between.
+
+    A run resumes in the middle of an epoch at the next batch, also with another batch size or number of processes: what counts is
+    the images of the epoch that were seen. A validation that a stop cut short is made up for.
+
+    Args:
+        runner: the runner; it gives itself and the data loader.
+        dataloader: of the training images.
+        max_epochs: when to stop.
+        val_begin: the first epoch after which to validate.
+        val_interval: epochs from one validation to the next; the last epoch is always validated.
+        dynamic_intervals: pairs (epoch, interval): from that epoch on another interval.
+    """
+
+    def __init__(self, runner: Runner, dataloader: DataLoader | dict, max_epochs: int, val_begin: int = 1, val_interval: int = 1,
+                 dynamic_intervals: list[tuple[int, int]] | None = None) -> None:
+        super().__init__(runner, dataloader, max_epochs, val_begin, val_interval, dynamic_intervals)
+        self._first_batch = 0                                # of the next epoch
+
+    def run(self) -> Any:
+        self._first_batch = self._batches_done()
+        self.runner.call_hook("before_train")
+        if self._epoch and not self._first_batch:
+            self._validate(again=True)
+        while self._epoch < self._max_epochs and not self.stop_training:
+            self.run_epoch()
+            self._validate()
+        self.runner.call_hook("after_train")
+        return self.runner.model
+
+    def run_epoch(self) -> None:
+        self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
+        first, self._first_batch = self._first_batch, 0
+        for index, batch in enumerate(batches_from(self.dataloader, first), first):
+            self.run_iter(index, batch)
+        self.runner.call_hook("after_train_epoch")
+        self._epoch += 1
+
+    def _batches_done(self) -> int:
+        """Of the epoch in which the run resumes; `iter` is put in step when an iteration now means something else."""
+        now = geometry(self.dataloader)
+        then = self.runner.message_hub.get_info("geometry") or now
+        done = self._iter - self._epoch * then["iters_per_epoch"]
+        if then != now and self._iter:
+            done = done * then["images_per_iter"] // now["images_per_iter"]
+            old, self._iter = self._iter, self._epoch * now["iters_per_epoch"] + done
+            self.runner.logger.info(f"the checkpoint's iterations have {then['images_per_iter']} images and its epochs "
+                                    f"{then['iters_per_epoch']} iterations; here they have {now['images_per_iter']} and "
+                                    f"{now['iters_per_epoch']}, so iteration {old} there is {self._iter} here")
+        return done
+
+    def _validate(self, again: bool = False) -> None:
+        self._decide_current_val_interval()
+        due = self._epoch >= self.val_begin and (self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs)
+        _validate_if(self.runner, due, again)
 
 
-@LOOPS.register_module()
+@LOOPS.register_module(["IterLoop", "IterBasedTrainLoop"])
 class IterLoop(IterBasedTrainLoop):
-    """Train for a number of iterations, validating in between."""
+    """Train for a number of iterations, validating in between; a run resumes at the next batch.
+
+    Args:
+        runner: the runner; it gives itself and the data loader.
+        dataloader: of the training images; any sampler will do, a finite one starts over.
+        max_iters: when to stop.
+        val_begin: the first iteration after which to validate.
+        val_interval: iterations from one validation to the next; the last iteration is always validated.
+        dynamic_intervals: pairs (iteration, interval): from that iteration on another interval.
+    """
+
+    def __init__(self, runner: Runner, dataloader: DataLoader | dict, max_iters: int, val_begin: int = 1, val_interval: int = 1000,
+                 dynamic_intervals: list[tuple[int, int]] | None = None) -> None:
+        BaseLoop.__init__(self, runner, dataloader)          # mmengine's starts the workers, before it is known where to resume
+        if max_iters != int(max_iters):
+            raise ValueError(f"max_iters is a whole number, got {max_iters}")
+        self._max_iters, self._max_epochs = int(max_iters), 1
+        self._iter = self._epoch = 0
+        self.val_begin, self.val_interval = val_begin, val_interval
+        self.dynamic_milestones, self.dynamic_intervals = calc_dynamic_intervals(val_interval, dynamic_intervals)
+        self.stop_training = False                           # set by mmengine's EarlyStoppingHook
+        self.runner.visualizer.dataset_meta = getattr(self.dataloader.dataset, "metainfo", None)
+
+    def run(self) -> Any:
+        self.runner.call_hook("before_train")
+        self.runner.call_hook("before_train_epoch")
+        now = geometry(self.dataloader)
+        then = self.runner.message_hub.get_info("geometry") or now
+        batches = endless_batches(self.dataloader, self._iter * then["images_per_iter"] // now["images_per_iter"])
+        if self._iter:
+            self._validate(again=True)
+        while self._iter < self._max_iters and not self.stop_training:
+            self.runner.model.train()
+            self.run_iter(next(batches))
+            self._validate()
+        self.runner.call_hook("after_train_epoch")
+        self.runner.call_hook("after_train")
+        return self.runner.model
+
+    def _validate(self, again: bool = False) -> None:
+        self._decide_current_val_interval()
+        due = self._iter >= self.val_begin and (self._iter % self.val_interval == 0 or self._iter == self._max_iters)
+        _validate_if(self.runner, due, again)
+
+
+def _validate_if(runner: Runner, due: bool, again: bool) -> None:
+    """Validate if it is due; `again`: in a resumed run, and only if the checkpoint does not know of it."""
+    if runner.val_loop is None or not due:
+        return
+    if again and runner.message_hub.get_info("validated_at") == runner.iter:
+        return
+    if again:
+        runner.logger.info("validating where the checkpoint was saved: the run may have stopped before it did")
+    runner.val_loop.run()
