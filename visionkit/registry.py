@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mmengine.registry as mm
+from mmengine.utils import ManagerMixin
 
 SCOPE = "visionkit"
 PLUGIN_GROUP = "visionkit.plugins"
@@ -200,8 +201,10 @@ def _build(cfg: Mapping[str, Any], *, registry: mm.Registry, default_args: Mappi
         if not optional or key in _parameters(component):
             arguments.setdefault(key, value)
     check_arguments(component, arguments)
+    # what mmengine keeps one of for each name, such as a visualizer, is made through its manager
+    managed = inspect.isclass(component) and issubclass(component, ManagerMixin)
     try:
-        return component(**arguments)
+        return component.get_instance(**arguments) if managed else component(**arguments)
     except ConfigError:
         raise
     except ValueError as error:
@@ -308,3 +311,12 @@ LOOPS = Registry("loop", parent=mm.LOOPS, packages=["visionkit.engine", "mmengin
 OPTIM_WRAPPERS = Registry("optim wrapper", parent=mm.OPTIM_WRAPPERS, packages=["visionkit.engine", "mmengine.optim"])
 OPTIMIZERS = Registry("optimizer", parent=mm.OPTIMIZERS, packages=["mmengine.optim"])
 PARAM_SCHEDULERS = Registry("parameter scheduler", parent=mm.PARAM_SCHEDULERS, packages=["mmengine.optim"])
+# Whatever else the Runner builds, so that it finds a registry of our scope for each, and a plugin can add to each.
+OPTIM_WRAPPER_CONSTRUCTORS = Registry("optim wrapper constructor", parent=mm.OPTIM_WRAPPER_CONSTRUCTORS, packages=["mmengine.optim"])
+MODEL_WRAPPERS = Registry("model wrapper", parent=mm.MODEL_WRAPPERS, packages=["mmengine.model"])
+WEIGHT_INITIALIZERS = Registry("weight initializer", parent=mm.WEIGHT_INITIALIZERS, packages=["mmengine.model"])
+EVALUATORS = Registry("evaluator", parent=mm.EVALUATOR, packages=["mmengine.evaluator"])
+VISUALIZERS = Registry("visualizer", parent=mm.VISUALIZERS, packages=["visionkit.visualization", "mmengine.visualization"])
+VISBACKENDS = Registry("visualizer backend", parent=mm.VISBACKENDS, packages=["mmengine.visualization"])
+LOG_PROCESSORS = Registry("log processor", parent=mm.LOG_PROCESSORS, packages=["mmengine.runner"])
+FUNCTIONS = Registry("function", parent=mm.FUNCTIONS, packages=["visionkit.datasets", "mmengine.dataset"])
