@@ -1,1 +1,4 @@
-"""TODO"""
+"""Pictures for people: what is in the data, and what a model found."""
+from visionkit.visualization.draw import class_color, contact_sheet, draw_instances, save_image, side_by_side
+
+__all__ = ["class_color", "contact_sheet", "draw_instances", "save_image", "side_by_side"]
