@@ -1,0 +1,154 @@
+import math
+
+import pytest
+import torch
+
+from visionkit.ops import RoIAlign, pyramid_roi_align, roi_align
+
+
+def bilinear(image: torch.Tensor, y: float, x: float) -> float:
+    """One sample of [H, W]; up to one pixel outside counts as the border, further out as 0."""
+    height, width = image.shape
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return 0.0
+    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+    top, left = math.floor(y), math.floor(x)
+    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    upper = image[top, left] * (1 - (x - left)) + image[top, right] * (x - left)
+    lower = image[bottom, left] * (1 - (x - left)) + image[bottom, right] * (x - left)
+    return (upper * (1 - (y - top)) + lower * (y - top)).item()
+
+
+def roi_align_by_hand(input, rois, rows, columns, scale, sampling_ratio, aligned):
+    output = torch.zeros(len(rois), input.shape[1], rows, columns, dtype=input.dtype)
+    for r, (image, *box) in enumerate(rois.tolist()):
+        x1, y1, x2, y2 = (value * scale - (0.5 if aligned else 0.0) for value in box)
+        height, width = y2 - y1, x2 - x1
+        if not aligned:
+            height, width = max(height, 1.0), max(width, 1.0)
+        count_y, count_x = (sampling_ratio if sampling_ratio > 0 else math.ceil(side / cells)
+                            for side, cells in ((height, rows), (width, columns)))
+        for c in range(input.shape[1]):
+            for p in range(rows):
+                for q in range(columns):
+                    samples = [bilinear(input[int(image), c], y1 + height / rows * (p + (i + 0.5) / count_y),
+                                        x1 + width / columns * (q + (j + 0.5) / count_x))
+                               for i in range(max(count_y, 0)) for j in range(max(count_x, 0))]
+                    output[r, c, p, q] = sum(samples) / max(len(samples), 1)
+    return output
+
+
+def case(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(2, 3, 7, 9, generator=generator, dtype=dtype)
+    rois = torch.tensor([[0, 4.3, 2.1, 40.7, 33.3], [1, -30.0, -20.0, 100.0, 90.0], [1, 60.0, 40.0, 72.0, 56.0], [0, 10.0, 10.0, 10.0, 10.0],
+                         [1, 30.0, 20.0, 24.0, 12.0]], dtype=dtype)          # inside, far outside, at the corner, empty, inside out
+    return input, rois
+
+
+def test_a_roi_on_one_pixel_reads_that_pixel():
+    input = torch.arange(12.0).view(1, 1, 3, 4)
+    rois = torch.tensor([[0.0, 2, 1, 3, 2]])                                  # aligned: pixel (1, 2) covers [2, 3) x [1, 2)
+    assert roi_align(input, rois, 1, sampling_ratio=1, aligned=True).item() == 6
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("sampling_ratio", [1, 2, 3, -1])
+def test_roi_align_agrees_with_the_definition(sampling_ratio, aligned):
+    input, rois = case()
+    expected = roi_align_by_hand(input, rois, 3, 2, 1 / 8, sampling_ratio, aligned)
+    torch.testing.assert_close(roi_align(input, rois, (3, 2), 1 / 8, sampling_ratio, aligned), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampling_ratio", [2, -1])
+def test_gradients_are_right_at_the_borders_too(sampling_ratio):
+    input, rois = case()
+    assert torch.autograd.gradcheck(lambda x: roi_align(x, rois, (2, 3), 1 / 8, sampling_ratio, True), input.requires_grad_())
+
+
+def test_backward_gives_the_same_bits_every_time():
+    input = torch.randn(2, 16, 40, 40, requires_grad=True)
+    rois = torch.cat([torch.randint(0, 2, (200, 1)).float(), torch.rand(200, 2) * 100, 200 + torch.rand(200, 2) * 100], 1)
+    first, second = (torch.autograd.grad(roi_align(input, rois, 7, 1 / 8, 2).square().sum(), input)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_each_box_is_pooled_from_its_level():
+    levels = [torch.randn(2, 4, 16, 20, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, 8, 10, dtype=torch.float64,
+                                                                                              requires_grad=True)]
+    rois = torch.tensor([[1, 5.0, 5, 60, 40], [0, 0, 0, 30, 30], [1, 20, 10, 80, 60]], dtype=torch.float64)
+    level = torch.tensor([1, 0, 0])
+    together = pyramid_roi_align(levels, rois, level, 3, [1 / 4, 1 / 8], 2)
+    for index in range(3):
+        alone = roi_align(levels[level[index]], rois[index:index + 1], 3, [1 / 4, 1 / 8][level[index]], 2, aligned=True)
+        torch.testing.assert_close(together[index], alone[0], rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *maps: pyramid_roi_align(maps, rois, level, 2, [1 / 4, 1 / 8], 2), levels)
+
+
+def test_boxes_of_each_image_may_come_as_a_list():
+    input, _ = case()
+    boxes = [torch.tensor([[4.0, 4, 30, 30]], dtype=torch.float64), torch.zeros(0, 4, dtype=torch.float64)]
+    rois = torch.tensor([[0, 4.0, 4, 30, 30]], dtype=torch.float64)
+    assert torch.equal(roi_align(input, boxes, 2, 1 / 8, 2), roi_align(input, rois, 2, 1 / 8, 2))
+
+
+@pytest.mark.parametrize("sampling_ratio", [2, -1])
+def test_no_boxes_pool_to_nothing_and_give_no_gradient(sampling_ratio):
+    input = torch.randn(2, 3, 5, 5, requires_grad=True)
+    output = roi_align(input, torch.zeros(0, 5), 7, sampling_ratio=sampling_ratio)
+    assert output.shape == (0, 3, 7, 7)
+    output.sum().backward()
+    assert not input.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_accumulates_in_float32(dtype):
+    input, rois = case(torch.float32)
+    half = roi_align(input.to(dtype), rois, 7, 1 / 8, 4, True)
+    assert half.dtype == dtype
+    exact = roi_align(input.to(dtype).float(), rois, 7, 1 / 8, 4, True)
+    assert torch.equal(half, exact.to(dtype))
+
+
+def test_channels_last_and_strided_inputs_give_the_same_numbers():
+    input, rois = case()
+    expected = roi_align(input, rois, 3, 1 / 8, 2)
+    assert torch.equal(roi_align(input.contiguous(memory_format=torch.channels_last), rois, 3, 1 / 8, 2), expected)
+    assert torch.equal(roi_align(input.repeat_interleave(2, 3)[..., ::2], rois, 3, 1 / 8, 2), expected)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"input": torch.zeros(3, 5, 5)}, r"needs an input \[B, C, H, W\], got \[3, 5, 5\]"),
+    ({"boxes": torch.zeros(2, 4)}, r"needs boxes \[R, 5\].*got \[2, 4\]"),
+    ({"boxes": torch.tensor([[2.0, 0, 0, 1, 1]])}, "name images 2 to 2 of a batch of 2"),
+    ({"sampling_ratio": 0}, "sampling_ratio must be positive, or -1"),
+    ({"output_size": 0}, "output_size must be positive"),
+], ids=["input", "boxes", "image index", "sampling", "output size"])
+def test_roi_align_tells_what_is_wrong(change, message):
+    arguments = {"input": torch.zeros(2, 3, 5, 5), "boxes": torch.zeros(2, 5), "output_size": 7} | change
+    with pytest.raises(ValueError, match=message):
+        roi_align(**arguments)
+
+
+def test_roi_align_is_one_operator_to_the_compiler():
+    input, rois = case(torch.float32)
+    levels = torch.zeros(len(rois), dtype=torch.int64)
+    torch.library.opcheck(torch.ops.visionkit.roi_align.default, ([input.requires_grad_()], rois, levels, 3, 2, [1 / 8], 2, True))
+
+
+def test_the_module_calls_the_function_with_its_settings():
+    input, rois = case()
+    assert torch.equal(RoIAlign((3, 2), 1 / 8, 2, aligned=True)(input, rois), roi_align(input, rois, (3, 2), 1 / 8, 2, True))
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("sampling_ratio", [2, -1])
+def test_roi_align_gives_torchvisions_numbers_and_gradients(sampling_ratio, aligned):
+    peer = pytest.importorskip("torchvision", reason="the peer to compare with is not installed", exc_type=ImportError).ops.roi_align
+    input, rois = case()
+    input.requires_grad_()
+    ours, theirs = (function(input, rois, (5, 7), 1 / 8, sampling_ratio, aligned) for function in (roi_align, peer))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    weights = torch.randn_like(ours)
+    grads = [torch.autograd.grad((output * weights).sum(), input)[0] for output in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-10)
