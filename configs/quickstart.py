@@ -1,0 +1,64 @@
+"""Faster R-CNN on generated shapes: the whole way from drawing the data to a COCO table, on a laptop, in minutes. Not measured yet.
+
+python tools/train.py configs/quickstart.py
+"""
+_base_ = "_base_/runtime.py"
+model = dict(
+    type="FasterRCNN",
+    backbone=dict(type="ResNet", depth=18),
+    neck=dict(type="FPN", out_channels=64, num_levels=4),
+    rpn=dict(type="RPN", anchor_scales=(4,), pre_nms=(500, 300), post_nms=(300, 100)),
+    roi=dict(type="RoIBoxHead", num_classes=4, hidden_channels=(256, 256), sampler=dict(type="BalancedSampler", num=64, positive_fraction=0.25)),
+)
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    worker_init_fn=dict(type="worker_init"),
+    sampler=dict(type="DrawSampler"),
+    dataset=dict(
+        type="ShapesDataset",
+        num_images=4000,
+        seed=0,
+        size=(160, 160),
+        pipeline=[
+            dict(type="LoadImageFromFile"),
+            dict(type="LoadAnnotations"),
+            dict(type="RandomFlip", prob=0.5),
+            dict(type="PackSample"),
+        ],
+    ),
+)
+val_dataloader = dict(
+    batch_size=16,
+    num_workers=1,
+    worker_init_fn=dict(type="worker_init"),
+    sampler=dict(type="DrawSampler", shuffle=False),
+    dataset=dict(
+        type="ShapesDataset",
+        num_images=200,
+        seed=1,                        # other scenes than those trained on
+        size=(160, 160),
+        test_mode=True,
+        pipeline=[
+            dict(type="LoadImageFromFile"),
+            dict(type="LoadAnnotations"),
+            dict(type="PackSample"),
+        ],
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="CocoMetric")
+test_evaluator = val_evaluator
+train_cfg = dict(type="EpochLoop", max_epochs=1, val_interval=1)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=5e-4, weight_decay=1e-4),
+    clip_grad=dict(max_norm=10),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.02, by_epoch=False, begin=0, end=50),
+    dict(type="CosineAnnealingLR", T_max=1, begin=0, end=1, convert_to_iter_based=True),
+]
