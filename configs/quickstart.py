@@ -8,7 +8,12 @@ model = dict(
     backbone=dict(type="ResNet", depth=18),
     neck=dict(type="FPN", out_channels=64, num_levels=4),
     rpn=dict(type="RPN", anchor_scales=(4,), pre_nms=(500, 300), post_nms=(300, 100)),
-    roi=dict(type="RoIBoxHead", num_classes=4, hidden_channels=(256, 256), sampler=dict(type="BalancedSampler", num=64, positive_fraction=0.25)),
+    roi=dict(
+        type="RoIBoxHead",
+        num_classes=4,
+        hidden_channels=(256, 256),
+        sampler=dict(type="BalancedSampler", num=64, positive_fraction=0.25),
+    ),
 )
 train_dataloader = dict(
     batch_size=8,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from visionkit.ops import box_area, box_iou, clip_boxes
 
 
-@pytest.mark.parametrize(("other", "iou"), [((0, 0, 4, 4), 1.0), ((2, 0, 6, 4), 1 / 3), ((4, 0, 8, 4), 0.0), ((1, 1, 3, 3), 1 / 4)],
+@pytest.mark.parametrize("other, iou", [((0, 0, 4, 4), 1.0), ((2, 0, 6, 4), 1 / 3), ((4, 0, 8, 4), 0.0), ((1, 1, 3, 3), 1 / 4)],
                          ids=["same", "half over", "touching", "inside"])
 def test_box_iou_known_values(other, iou):
     box = torch.tensor([[0.0, 0.0, 4.0, 4.0]])

@@ -34,7 +34,7 @@ def test_a_suppressed_box_suppresses_nothing():
 
 
 @pytest.mark.parametrize("iou_threshold", [0.0, 0.3, 0.5, 0.7, 1.0])
-@pytest.mark.parametrize(("count", "size"), [(120, 100.0), (600, 2000.0), (700, 60.0)], ids=["dense", "spread", "crowded"])
+@pytest.mark.parametrize("count, size", [(120, 100.0), (600, 2000.0), (700, 60.0)], ids=["dense", "spread", "crowded"])
 def test_nms_agrees_with_the_definition(count, size, iou_threshold):
     boxes, scores = random_boxes(count, size=size)
     assert nms(boxes, scores, iou_threshold).tolist() == nms_by_hand(boxes, scores, iou_threshold)
@@ -72,7 +72,7 @@ def test_no_boxes_leave_no_indices():
     assert kept.dtype == torch.int64
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
+@pytest.mark.parametrize("arguments, message", [
     ((torch.zeros(3, 5), torch.zeros(3), 0.5), r"boxes must be \[N, 4\], got \[3, 5\]"),
     ((torch.zeros(3, 4), torch.zeros(2), 0.5), r"one score a box, got scores \[2\] for boxes \[3, 4\]"),
     ((torch.zeros(3, 4), torch.zeros(3), 1.5), r"iou_threshold must lie in \[0, 1\], got 1.5"),

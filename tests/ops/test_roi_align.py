@@ -41,9 +41,9 @@ def roi_align_by_hand(input, rois, rows, columns, scale, sampling_ratio, aligned
 def case(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(2, 3, 7, 9, generator=generator, dtype=dtype)
-    rois = torch.tensor([[0, 4.3, 2.1, 40.7, 33.3], [1, -30.0, -20.0, 100.0, 90.0], [1, 60.0, 40.0, 72.0, 56.0], [0, 10.0, 10.0, 10.0, 10.0],
-                         [1, 30.0, 20.0, 24.0, 12.0]], dtype=dtype)          # inside, far outside, at the corner, empty, inside out
-    return input, rois
+    inside, far_outside, at_the_corner = [0, 4.3, 2.1, 40.7, 33.3], [1, -30, -20, 100, 90], [1, 60, 40, 72, 56]
+    empty, inside_out = [0, 10, 10, 10, 10], [1, 30, 20, 24, 12]
+    return input, torch.tensor([inside, far_outside, at_the_corner, empty, inside_out], dtype=dtype)
 
 
 def test_a_roi_on_one_pixel_reads_that_pixel():
@@ -117,7 +117,7 @@ def test_channels_last_and_strided_inputs_give_the_same_numbers():
     assert torch.equal(roi_align(input.repeat_interleave(2, 3)[..., ::2], rois, 3, 1 / 8, 2), expected)
 
 
-@pytest.mark.parametrize(("change", "message"), [
+@pytest.mark.parametrize("change, message", [
     ({"input": torch.zeros(3, 5, 5)}, r"needs an input \[B, C, H, W\], got \[3, 5, 5\]"),
     ({"boxes": torch.zeros(2, 4)}, r"needs boxes \[R, 5\].*got \[2, 4\]"),
     ({"boxes": torch.tensor([[2.0, 0, 0, 1, 1]])}, "name images 2 to 2 of a batch of 2"),

@@ -18,7 +18,7 @@ def test_valid_marks_the_image_and_not_its_padding():
     assert batch.valid()[1, :, 0].all()
 
 
-@pytest.mark.parametrize(("sizes", "message"), [([(4, 4)], "1 sizes for 2 images"), ([(4, 4), (5, 4)], "image 1 is said to be 5x4")])
+@pytest.mark.parametrize("sizes, message", [([(4, 4)], "1 sizes for 2 images"), ([(4, 4), (5, 4)], "image 1 is said to be 5x4")])
 def test_a_batch_that_breaks_its_law_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         ImageBatch(torch.zeros(2, 3, 4, 4), sizes)
