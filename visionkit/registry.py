@@ -55,10 +55,10 @@ def dotted(path: tuple[str | int, ...]) -> str:
 def did_you_mean(word: str, candidates: Collection[str]) -> str:
     """` Did you mean 'ResNet'?`, or an empty string when nothing is near; capitals do not count."""
     by_lower = {candidate.lower(): candidate for candidate in sorted(candidates)}
-    near = [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)]
-    if not near:
-        return ""
-    return " Did you mean " + " or ".join(repr(name) for name in near) + "?"
+    near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
+    likeness = {match: difflib.SequenceMatcher(None, match, word.lower()).ratio() for match in near}
+    best = [repr(by_lower[match]) for match in near if likeness[match] > likeness[near[0]] - 0.1]
+    return f" Did you mean {' or '.join(best)}?" if best else ""
 
 
 class Registry(mm.Registry):
