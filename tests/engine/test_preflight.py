@@ -60,7 +60,7 @@ def test_a_good_config_passes():
     ("val_evaluator__type=CoccoMetric", r"^val_evaluator\.type: no metric .*'CocoMetric'"),
     ("default_hooks__timer__type=IterTimeHook", r"^default_hooks\.timer\.type: no hook .*'IterTimerHook'"),
     ("custom_hooks__0__type=EMAHok", r"^custom_hooks\[0\]\.type: no hook .*'EMAHook'"),
-    ("visualizer__vis_backends__0__type=LocalBackend", r"^visualizer\.vis_backends\[0\]\.type: no vis_backend .*'LocalVisBackend'"),
+    ("visualizer__vis_backends__0__type=LocalBackend", r"^visualizer\.vis_backends\[0\]\.type: no visualizer backend .*'LocalVisBackend'"),
 ])
 def test_a_misspelt_type_is_found_at_any_depth(key, said):
     key, _, value = key.partition("=")
@@ -73,7 +73,7 @@ def test_a_misspelt_type_is_found_at_any_depth(key, said):
     ("train_dataloader__batchsize", r"^train_dataloader\.batchsize: DataLoader has no argument .*'batch_size'"),
     ("train_dataloader__sampler__shufle", r"^train_dataloader\.sampler\.shufle: DefaultSampler .*'shuffle'"),
     ("train_dataloader__dataset__datasets__0__pipeline__0__scal", r"pipeline\[0\]\.scal: Resize .*'scale'"),
-    ("train_cfg__max_epoch", r"^train_cfg\.max_epoch: EpochBasedTrainLoop has no argument .*'max_epochs'"),
+    ("train_cfg__max_epoch", r"^train_cfg\.max_epoch: EpochLoop has no argument .*'max_epochs'"),
     ("optim_wrapper__optimizer__weight_decy", r"^optim_wrapper\.optimizer\.weight_decy: AdamW .*'weight_decay'"),
     ("optim_wrapper__clip_gradient", r"^optim_wrapper\.clip_gradient: OptimWrapper .*'clip_grad'"),
     ("param_scheduler__1__eta_mni", r"^param_scheduler\[1\]\.eta_mni: CosineAnnealing.*'eta_min'"),

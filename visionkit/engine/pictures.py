@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -104,11 +105,11 @@ def training_sheet(dataset: Any, draws: Iterable[int], columns: int = 4) -> np.n
         item = dataset[draw]
         sample = item["data_samples"]
         image = np.ascontiguousarray(item["inputs"].permute(1, 2, 0).float().clamp(0, 255).byte().numpy())
-        parts = [sample[key] for key in ("gt_instances", "ignored_instances") if key in sample]
+        parts = [getattr(sample, key) for key in ("gt_instances", "ignored_instances") if key in sample]
         boxes = [box for part in parts for box in part.bboxes.tolist()]
         labels = [label for part in parts for label in part.labels.tolist()]
-        ignored = [key == "ignored_instances" for key in ("gt_instances", "ignored_instances") if key in sample for _ in sample[key].labels]
-        masks = parts[0].get("masks") if len(parts) and len(parts[0]) == len(boxes) else None
+        masks = torch.cat([part.masks for part in parts]) if parts and "masks" in parts[0] else None
+        ignored = np.arange(len(boxes)) >= len(parts[0]) if parts else None
         pictures.append(draw_instances(image, boxes, labels, classes=classes, ignored=ignored, masks=masks))
         captions.append(f"{sample.img_id}: {image.shape[1]}x{image.shape[0]}" + (", flipped" if sample.get("flip") else ""))
     return contact_sheet(pictures, columns, captions=captions)

@@ -14,12 +14,10 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-import mmengine.evaluator
-import mmengine.registry as mm
-import mmengine.visualization  # noqa: F401  (its registry is filled by its import)
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapperDict, build_optim_wrapper
+from mmengine.registry import PARAM_SCHEDULERS as ROOT_SCHEDULERS
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import nn
@@ -29,11 +27,15 @@ from visionkit.datasets.sampler import seeded
 from visionkit.registry import (
     BACKBONES,
     DATASETS,
+    EVALUATORS,
+    FUNCTIONS,
     HEADS,
     HOOKS,
+    LOG_PROCESSORS,
     LOOPS,
     LOSSES,
     METRICS,
+    MODEL_WRAPPERS,
     MODELS,
     NECKS,
     OPTIM_WRAPPERS,
@@ -42,9 +44,11 @@ from visionkit.registry import (
     SAMPLERS,
     SCOPE,
     TRANSFORMS,
+    VISBACKENDS,
+    VISUALIZERS,
     ConfigError,
+    Registry,
     check_arguments,
-    did_you_mean,
     dotted,
     registries,
 )
@@ -53,14 +57,14 @@ from visionkit.transforms import BrokenImageError
 Path = tuple[str | int, ...]
 
 # The registry of a dict with a `type`, by the key it stands under: what surrounds the model, and a model's parts.
-RUN_KEYS: tuple[tuple[str, mm.Registry], ...] = (
-    ("model", MODELS), ("model_wrapper_cfg", mm.MODEL_WRAPPERS), ("dataset", DATASETS), ("datasets", DATASETS),
-    ("sampler", SAMPLERS), ("batch_sampler", SAMPLERS), ("collate_fn", mm.FUNCTIONS), ("worker_init_fn", mm.FUNCTIONS),
+RUN_KEYS: tuple[tuple[str, Registry], ...] = (
+    ("model", MODELS), ("model_wrapper_cfg", MODEL_WRAPPERS), ("dataset", DATASETS), ("datasets", DATASETS),
+    ("sampler", SAMPLERS), ("batch_sampler", SAMPLERS), ("collate_fn", FUNCTIONS), ("worker_init_fn", FUNCTIONS),
     ("pipeline", TRANSFORMS), ("transforms", TRANSFORMS), ("*_evaluator", METRICS), ("metrics", METRICS),
     ("optim_wrapper", OPTIM_WRAPPERS), ("optimizer", OPTIMIZERS), ("param_scheduler", PARAM_SCHEDULERS),
     ("default_hooks", HOOKS), ("custom_hooks", HOOKS), ("train_cfg", LOOPS), ("val_cfg", LOOPS), ("test_cfg", LOOPS),
-    ("visualizer", mm.VISUALIZERS), ("vis_backends", mm.VISBACKENDS), ("log_processor", mm.LOG_PROCESSORS))
-PART_KEYS: tuple[tuple[str, mm.Registry], ...] = (
+    ("visualizer", VISUALIZERS), ("vis_backends", VISBACKENDS), ("log_processor", LOG_PROCESSORS))
+PART_KEYS: tuple[tuple[str, Registry], ...] = (
     ("data_preprocessor", MODELS), ("backbone", BACKBONES), ("neck", NECKS), ("*head", HEADS), ("rpn", HEADS), ("roi", HEADS),
     ("loss*", LOSSES), ("*_loss", LOSSES))
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
@@ -202,18 +206,18 @@ def _check_arguments(component: Any, given: set[str], path: Path) -> None:
         raise error.under(*path) from None
 
 
-def _registry_at(path: Path, node: Mapping[str, Any]) -> mm.Registry | None:
+def _registry_at(path: Path, node: Mapping[str, Any]) -> Registry | None:
     """The registry of the component at `path`; None where it can be any."""
     keys = [key for key in path if isinstance(key, str)]
     if keys[0] in ("default_hooks", "custom_hooks"):
         return HOOKS if len(keys) == 1 or (len(keys) == 2 and keys[0] == "default_hooks") else None
     if keys[0].endswith("_evaluator") and len(keys) == 1 and "metrics" in node:
-        return mm.EVALUATOR
+        return EVALUATORS
     table = PART_KEYS if keys[0] == "model" and len(keys) > 1 else RUN_KEYS
     return next((registry for pattern, registry in table if fnmatchcase(keys[-1], pattern)), None)
 
 
-def _look_up(name: Any, registry: mm.Registry | None, path: Path) -> Any:
+def _look_up(name: Any, registry: Registry | None, path: Path) -> Any:
     """The component called `name`; None where it may be something that its owner interprets by itself.
 
     A part of a model may live in another registry than its key suggests, if its owner looks there, so all are searched before
@@ -226,25 +230,14 @@ def _look_up(name: Any, registry: mm.Registry | None, path: Path) -> Any:
     for candidate in (registry, *registries()):
         if candidate is None:
             continue
-        try:
-            found = candidate.get(name)
-        except (ConfigError, RuntimeError, KeyError):        # not there
-            found = None
-        if found is not None:
-            return found
+        with contextlib.suppress(ConfigError):               # not there
+            return candidate.get(name)
         if candidate is registry and path[0] != "model":     # what the Runner builds comes from this registry alone
             break
     if registry is None:
         return None
-    try:
-        registry.get(name)                                   # for its error
-    except ConfigError as error:
-        raise error.under(*path) from None
-    except (RuntimeError, KeyError):
-        pass
-    known = ", ".join(sorted(registry.module_dict))
-    near = did_you_mean(name, registry.module_dict) or f" Known: {known}."
-    raise ConfigError(f"no {registry.name} named {name!r}.{near}", (*path, "type"))
+    with _at(*path):
+        return registry.get(name)                            # for its error
 
 
 # --------------------------------------------------------------------------------------------------------------- real builds
@@ -274,7 +267,7 @@ def build_parts(cfg: Config, training: bool) -> nn.Module:
             with contextlib.suppress(RuntimeError):          # a hook may want the Runner's visualizer, which is not there yet
                 _build(HOOKS, hook, path)
     if cfg.get("log_processor"):
-        _build(mm.LOG_PROCESSORS, _with_default_type("log_processor", cfg.log_processor), ("log_processor",))
+        _build(LOG_PROCESSORS, _with_default_type("log_processor", cfg.log_processor), ("log_processor",))
     return _build(MODELS, cfg.model, ("model",))
 
 
@@ -306,10 +299,11 @@ def build_schedule(cfg: Config, model: nn.Module, epoch_length: int) -> None:
             by_epoch = scheduler.get("by_epoch", True)
             iterations = cfg.train_cfg.get("max_iters") or cfg.train_cfg.get("max_epochs", 1) * epoch_length
             end = cfg.train_cfg.get("max_epochs", iterations // epoch_length) if by_epoch else iterations
-            mm.PARAM_SCHEDULERS.build({"end": end, **scheduler}, default_args={"optimizer": wrapper, "epoch_length": epoch_length})
+            # through the root: its build function knows convert_to_iter_based
+            ROOT_SCHEDULERS.build({"end": end, **scheduler}, default_args={"optimizer": wrapper, "epoch_length": epoch_length})
 
 
-def _build(registry: mm.Registry, node: Any, path: Path, **offered: Any) -> Any:
+def _build(registry: Registry, node: Any, path: Path, **offered: Any) -> Any:
     if not isinstance(node, Mapping):
         return node
     node = {key: value for key, value in node.items() if key not in RUNNER_TAKES.get(registry, ())}
