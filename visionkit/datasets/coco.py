@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from visionkit.datasets.detection import DetectionDataset, check_classes
 from visionkit.datasets.roots import require
 from visionkit.registry import DATASETS, ConfigError
@@ -88,8 +86,7 @@ class CocoDataset(DetectionDataset):
         instance = {"bbox": [x, y, x + width, y + height], "bbox_label": label, "ignore_flag": int(annotation.get("iscrowd", 0)),
                     "area": annotation.get("area", width * height), "id": annotation.get("id")}
         if segmentation:
-            # 64-bit floats in an array are a quarter of a list's size in the packed buffer
-            instance["mask"] = segmentation if isinstance(segmentation, dict) else [np.asarray(p, np.float64) for p in segmentation]
+            instance["mask"] = segmentation
         return instance
 
 

@@ -1,0 +1,99 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import pseudo_collate
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from visionkit.datasets import Dataset, DrawSampler, ShapesDataset, images_per_second
+
+PIPELINE = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="RandomFlip", prob=0.5),
+            dict(type="PhotoMetricDistortion"), dict(type="PackSample")]
+
+
+def batches(num_workers, **arguments):
+    dataset = ShapesDataset(12, size=(48, 48), pipeline=PIPELINE)
+    loader = DataLoader(dataset, batch_size=3, sampler=DrawSampler(dataset, seed=1), num_workers=num_workers,
+                        collate_fn=pseudo_collate, **arguments)
+    return [(sample.img_id, sample.flip, image.sum().item()) for batch in loader
+            for image, sample in zip(batch["inputs"], batch["data_samples"], strict=True)]
+
+
+def test_augmentation_does_not_depend_on_the_number_of_workers():
+    alone = batches(0)
+    assert len({flip for _, flip, _ in alone}) == 2
+    assert alone == batches(1) == batches(3)
+
+
+def test_the_runner_finds_worker_init_by_its_name():
+    dataset = Threads(pipeline=[])
+    loader = Runner.build_dataloader(dict(dataset=dataset, sampler=DrawSampler(dataset, seed=0), batch_size=1, num_workers=1,
+                                          worker_init_fn=dict(type="worker_init")), seed=0)
+    assert [batch["threads"][0] for batch in loader] == [(1, 1)]
+
+
+class Threads(Dataset):
+    """One record: how many threads OpenCV and torch use in the process that loads it."""
+
+    def load_data_list(self):
+        return [{}]
+
+    def get_data_info(self, idx):
+        return {"threads": (cv2.getNumThreads(), torch.get_num_threads())}
+
+
+def test_throughput_counts_images_and_refuses_nonsense():
+    dataset = ShapesDataset(8, size=(32, 32), pipeline=PIPELINE)
+    assert images_per_second(dataset, batch_size=2, num_workers=0, seconds=0.05) > 1
+    with pytest.raises(ValueError, match="batch_size must be 1 or more"):
+        images_per_second(dataset, batch_size=0)
+
+
+class Records(Dataset):
+    """50,000 records about as large as an image of COCO's with seven boxes, and no images."""
+
+    def load_data_list(self):
+        rng = np.random.default_rng(0)
+        boxes = rng.uniform(0, 640, (50_000, 7, 4)).round(2).tolist()
+        return [{"img_id": i, "img_path": f"{i:012d}.jpg", "height": 480, "width": 640,
+                 "instances": [{"bbox": box, "bbox_label": 1, "ignore_flag": 0, "area": 100.0, "id": 7 * i + n}
+                               for n, box in enumerate(rows)]} for i, rows in enumerate(boxes)]
+
+
+def memory_mib(pid):
+    """The proportional share of a process in memory, or all that is resident where the kernel does not tell the share."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    except OSError:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory figures from /proc")
+def test_worker_memory_does_not_grow_with_epochs(capsys):
+    dataset = Records(pipeline=[lambda record: {"objects": len(record["instances"])}])
+    sampler = DrawSampler(dataset, seed=0)
+    loader = DataLoader(dataset, batch_size=500, sampler=sampler, num_workers=2, collate_fn=pseudo_collate, persistent_workers=True)
+    memory, loaded = [], 0
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        loaded += sum(sum(batch["objects"]) for batch in loader)
+        memory.append([memory_mib(worker.pid) for worker in loader._iterator._workers])
+    assert loaded == 5 * 50_000 * 7
+    with capsys.disabled():
+        print(f"\npacked buffer of {dataset.data_bytes.nbytes / 2**20:.0f} MiB; PSS of the two workers after each epoch, MiB: "
+              + ", ".join(f"{first:.0f} + {second:.0f}" for first, second in memory))
+    growth = [last - first for first, last in zip(memory[0], memory[-1], strict=True)]
+    assert max(growth) < 4
+
+
+def test_importing_the_data_rooms_does_not_import_albumentations():
+    code = "import sys, visionkit.datasets, visionkit.transforms; print('albumentations' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    assert out.stdout.strip() == "False"
