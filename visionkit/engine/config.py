@@ -28,8 +28,11 @@ def load_config(path: str | os.PathLike, options: Sequence[str] = ()) -> Config:
     """
     path = Path(path).expanduser()
     _check_files(path)
-    loaded = Config.fromfile(path, lazy_import=False)        # otherwise `import os` in a config makes mmengine misread it
-    settings = loaded.to_dict()
+    try:
+        loaded = Config.fromfile(path, lazy_import=False)    # otherwise `import os` in a config makes mmengine misread it
+    except Exception as error:                               # a config is a program, and may fail in any way
+        raise ConfigError(f"the config {str(path)!r} cannot be read: {type(error).__name__}: {error}") from error
+    settings = {key: value for key, value in loaded.to_dict().items() if not callable(value)}    # what it imports is no setting
     for option in options:
         apply_option(settings, option)
     settings.setdefault("default_scope", SCOPE)
@@ -111,7 +114,11 @@ def _check_files(path: Path) -> None:
 
 
 def _bases(path: Path) -> list[str]:
-    for statement in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
+    try:
+        statements = ast.parse(path.read_text(encoding="utf-8")).body
+    except SyntaxError:                                      # reading it will say so, unless it is one of mmengine's {{placeholders}}
+        return []
+    for statement in statements:
         if isinstance(statement, ast.Assign) and any(isinstance(name, ast.Name) and name.id == "_base_" for name in statement.targets):
             bases = ast.literal_eval(statement.value)
             return [bases] if isinstance(bases, str) else list(bases)

@@ -5,6 +5,7 @@ import copy
 import logging
 import os
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from visionkit.engine.checkpoint import CheckpointError, find_resumable, read_ch
 from visionkit.engine.distributed import start_processes
 from visionkit.engine.preflight import preflight
 from visionkit.registry import ConfigError
+
+_runs = count(1)                                             # of this process
 
 
 def train(cfg: Config, *, resume: bool | str = False, amp: bool = False, launcher: str | None = None,
@@ -88,6 +91,9 @@ def _prepared(cfg: Config, launcher: str | None, work_dir: str | os.PathLike | N
         cfg.work_dir = os.fspath(work_dir or Path("work_dirs") / Path(cfg.filename or "unnamed").stem)
     if (cfg.get("train_cfg") or {}).get("by_epoch") is not None:       # mmengine builds its own loops from this form
         cfg.train_cfg.type = "EpochLoop" if cfg.train_cfg.pop("by_epoch") else "IterLoop"
+    if not cfg.get("experiment_name"):                       # mmengine shares log and message hub between runs of one name and second
+        number = next(_runs)
+        cfg.experiment_name = Path(cfg.filename or "unnamed").stem + (f"_{number}" if number > 1 else "")
     backends = (cfg.get("visualizer") or {}).get("vis_backends")
     if backends is not None and find_spec("tensorboard") and "TensorboardVisBackend" not in [backend["type"] for backend in backends]:
         backends.append({"type": "TensorboardVisBackend"})
