@@ -317,6 +317,6 @@ MODEL_WRAPPERS = Registry("model wrapper", parent=mm.MODEL_WRAPPERS, packages=["
 WEIGHT_INITIALIZERS = Registry("weight initializer", parent=mm.WEIGHT_INITIALIZERS, packages=["mmengine.model"])
 EVALUATORS = Registry("evaluator", parent=mm.EVALUATOR, packages=["mmengine.evaluator"])
 VISUALIZERS = Registry("visualizer", parent=mm.VISUALIZERS, packages=["visionkit.visualization", "mmengine.visualization"])
-VISBACKENDS = Registry("vis_backend", parent=mm.VISBACKENDS, packages=["mmengine.visualization"])
+VISBACKENDS = Registry("visualizer backend", parent=mm.VISBACKENDS, packages=["mmengine.visualization"])
 LOG_PROCESSORS = Registry("log processor", parent=mm.LOG_PROCESSORS, packages=["mmengine.runner"])
 FUNCTIONS = Registry("function", parent=mm.FUNCTIONS, packages=["visionkit.datasets", "mmengine.dataset"])
