@@ -28,14 +28,14 @@ def batches(num_workers, **arguments):
 def test_augmentation_does_not_depend_on_the_number_of_workers():
     alone = batches(0)
     assert len({flip for _, flip, _ in alone}) == 2
-    assert alone == batches(1) == batches(3)
+    assert alone == batches(1) == batches(2)
 
 
 def test_the_runner_finds_worker_init_by_its_name():
     dataset = Threads(pipeline=[])
     loader = Runner.build_dataloader(dict(dataset=dataset, sampler=DrawSampler(dataset, seed=0), batch_size=1, num_workers=1,
                                           worker_init_fn=dict(type="worker_init")), seed=0)
-    assert [batch["threads"][0] for batch in loader] == [(1, 1)]
+    assert [batch["threads"] for batch in loader] == [[(1,), (1,)]]                                # pseudo_collate transposes tuples
 
 
 class Threads(Dataset):
@@ -77,13 +77,11 @@ def memory_mib(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory figures from /proc")
 def test_worker_memory_does_not_grow_with_epochs(capsys):
-    dataset = Records(pipeline=[lambda record: {"objects": len(record["instances"])}])
-    sampler = DrawSampler(dataset, seed=0)
-    loader = DataLoader(dataset, batch_size=500, sampler=sampler, num_workers=2, collate_fn=pseudo_collate, persistent_workers=True)
+    dataset = Records(pipeline=[lambda record: len(record["instances"])])
+    loader = DataLoader(dataset, batch_size=500, shuffle=True, num_workers=2, collate_fn=list, persistent_workers=True)
     memory, loaded = [], 0
-    for epoch in range(5):
-        sampler.set_epoch(epoch)
-        loaded += sum(sum(batch["objects"]) for batch in loader)
+    for _ in range(5):
+        loaded += sum(sum(batch) for batch in loader)
         memory.append([memory_mib(worker.pid) for worker in loader._iterator._workers])
     assert loaded == 5 * 50_000 * 7
     with capsys.disabled():
