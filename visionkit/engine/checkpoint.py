@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from visionkit.registry import ConfigError, did_you_mean
 
-SEAL = b"visionkit saved_ns:%020d sha256:"                   # the digest follows, as 64 hexadecimal digits
+SEAL = b"visionkit saved_ns:%020d sha256:"                   # 19 letters, 20 digits, 8 letters, and then 64 digits of the digest
 SEAL_LENGTH = len(SEAL % 0) + 64
 TEMPORARY = ".partial"                                       # ends the name of a file that is being written
 ENOUGH = 0.9                                                 # share of a model's values that load_from has to fill
@@ -94,8 +94,10 @@ register_backend("local", AtomicLocalBackend, force=True, prefixes="")
 
 def saved_ns(path: str | os.PathLike) -> int:
     """When a checkpoint was saved, in nanoseconds since 1970: from its seal, or else from the file's time stamp."""
-    seal = _read_seal(path)
-    return int(seal[len(b"visionkit saved_ns:"):][:20]) if seal else os.stat(path).st_mtime_ns
+    try:
+        return int(_read_seal(path)[19:39])
+    except ValueError:                                       # no seal, or a damaged one
+        return os.stat(path).st_mtime_ns
 
 
 def verify_seal(path: str | os.PathLike) -> bool:
@@ -203,12 +205,18 @@ def _is_zip(data: bytes) -> bool:
 
 
 def _read_seal(path: str | os.PathLike) -> bytes:
+    """The seal, or nothing where there is none; what remains of a damaged one is an error."""
     with open(path, "rb") as file:
-        if file.seek(0, os.SEEK_END) < SEAL_LENGTH:
-            return b""
-        file.seek(-SEAL_LENGTH, os.SEEK_END)
-        seal = file.read()
-    return seal if seal.startswith(b"visionkit saved_ns:") and seal[-72:-64] == b" sha256:" else b""
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - SEAL_LENGTH - 22))           # 22: the zip's last record, which ends with the length of its comment
+        tail = file.read()
+    seal = tail[-SEAL_LENGTH:]
+    if len(tail) > SEAL_LENGTH and seal.startswith(SEAL[:19]) and seal[19:39].isdigit() and seal[39:47] == SEAL[-8:]:
+        return seal
+    _, is_zip, record = tail.rpartition(b"PK\5\6")
+    if SEAL[:19] in tail or SEAL[-8:] in tail or is_zip and record[16:18] == struct.pack("<H", SEAL_LENGTH):
+        raise CheckpointError(f"{path} is damaged: the seal at its end is not whole")
+    return b""
 
 
 # ------------------------------------------------------------------------------------------------------------ plain values
