@@ -60,7 +60,7 @@ def test_a_good_config_passes():
     ("val_evaluator__type=CoccoMetric", r"^val_evaluator\.type: no metric .*'CocoMetric'"),
     ("default_hooks__timer__type=IterTimeHook", r"^default_hooks\.timer\.type: no hook .*'IterTimerHook'"),
     ("custom_hooks__0__type=EMAHok", r"^custom_hooks\[0\]\.type: no hook .*'EMAHook'"),
-    ("visualizer__vis_backends__0__type=LocalBackend", r"^visualizer\.vis_backends\[0\]\.type: no visualizer backend .*'LocalVisBackend'"),
+    ("visualizer__vis_backends__0__type=LocalBackend", r"^visualizer\.vis_backends\[0\]\.type: no vis.* .*'LocalVisBackend'"),
 ])
 def test_a_misspelt_type_is_found_at_any_depth(key, said):
     key, _, value = key.partition("=")
