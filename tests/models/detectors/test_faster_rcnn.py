@@ -1,0 +1,151 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from visionkit.ops import box_iou
+from visionkit.registry import HEADS, MODELS, NECKS, ConfigError
+from visionkit.structures import ImageBatch, InstanceData, Sample
+from visionkit.testing import check_model
+
+NO_BOXES = torch.zeros(0, 4)
+
+
+def config(**changes):
+    return {
+        "type": "FasterRCNN",
+        "backbone": {"type": "ResNet", "depth": 18, "norm": "GN"},
+        "neck": {"type": "FPN", "out_channels": 32, "num_levels": 5},
+        "rpn": {"type": "RPN", "anchor_scales": (4,), "pre_nms": (200, 100), "post_nms": (100, 50)},
+        "roi": {"type": "RoIBoxHead", "num_classes": 3, "hidden_channels": (64,),
+                "sampler": {"type": "BalancedSampler", "num": 64, "positive_fraction": 0.25}},
+    } | changes
+
+
+def sample(boxes=((8.0, 8, 40, 40), (60, 20, 90, 60)), labels=(0, 2), size=(64, 96)) -> Sample:
+    sample = Sample(metainfo={"img_id": 1, "img_shape": size, "ori_shape": (2 * size[0], 2 * size[1]), "scale_factor": (0.5, 0.5)})
+    sample.gt_instances = InstanceData(bboxes=torch.tensor(boxes).view(-1, 4), labels=torch.tensor(labels, dtype=torch.int64))
+    sample.ignored_instances = InstanceData(bboxes=NO_BOXES, labels=torch.zeros(0, dtype=torch.int64))
+    return sample
+
+
+def images(count: int, size=(64, 96)) -> ImageBatch:
+    return ImageBatch(torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1)), [size] * count)
+
+
+def test_faster_rcnn_keeps_the_model_contract():
+    torch.manual_seed(0)
+    check_model(MODELS.build(config()), num_classes=3)
+
+
+def test_the_loss_starts_where_an_undecided_detector_is():
+    model = MODELS.build(config())
+    nn.init.zeros_(model.rpn.classify.weight)
+    nn.init.zeros_(model.roi.classify.weight)
+    losses = model(images(2), [sample(), sample()], mode="loss")
+    assert set(losses) == {"loss_rpn_class", "loss_rpn_box", "loss_class", "loss_box"}
+    assert losses["loss_rpn_class"].item() == pytest.approx(math.log(2), abs=1e-5)           # object or not
+    assert losses["loss_class"].item() == pytest.approx(math.log(4), abs=1e-5)               # three classes and background
+
+
+def test_every_parameter_learns_from_images_with_and_without_objects():
+    model = MODELS.build(config())
+    sum(model(images(2), [sample(), sample((), ())], mode="loss").values()).backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.isfinite().all()]
+
+
+def test_a_batch_without_any_object_has_a_finite_loss_and_no_box_loss():
+    losses = MODELS.build(config())(images(2), [sample((), ()), sample((), ())], mode="loss")
+    assert losses["loss_box"].item() == losses["loss_rpn_box"].item() == 0
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_predictions_are_in_original_pixels_within_the_image_and_sorted():
+    torch.manual_seed(0)
+    model = MODELS.build(config(roi=config()["roi"] | {"score_threshold": 0.0})).eval()
+    with torch.inference_mode():
+        (result,) = model(images(1), [sample()], mode="predict")
+    predicted = result.pred_instances
+    assert 0 < len(predicted) <= 100
+    assert predicted.bboxes[:, 2:].max() > 96                    # beyond the input's 64 x 96: in pixels of the original, twice as large
+    assert predicted.bboxes.min() >= 0
+    assert predicted.bboxes[:, 2].max() <= 192
+    assert predicted.bboxes[:, 3].max() <= 128
+    assert torch.equal(predicted.scores, predicted.scores.sort(descending=True).values)
+
+
+def test_it_learns_two_images_by_heart():
+    torch.manual_seed(0)
+    model = MODELS.build(config(backbone={"type": "ResNet", "depth": 18, "norm": "GN", "out_stages": (2, 3, 4)},
+                                neck={"type": "FPN", "out_channels": 32}))
+    picture = torch.zeros(2, 3, 64, 96)
+    truth = [sample(((8.0, 8, 40, 40),), (0,)), sample(((60.0, 20, 90, 60),), (2,))]
+    for image, target in zip(picture, truth, strict=True):
+        x1, y1, x2, y2 = target.gt_instances.bboxes[0].int().tolist()
+        image[target.gt_instances.labels[0], y1:y2, x1:x2] = 3.0
+    batch = ImageBatch(picture, [(64, 96)] * 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for iteration in range(80):
+        optimizer.param_groups[0]["lr"] = 1e-3 if iteration < 60 else 1e-4
+        loss = sum(model(batch, truth, mode="loss").values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    with torch.inference_mode():
+        for result in model(batch, truth, mode="predict"):
+            best = result.pred_instances[0]
+            assert best.labels.tolist() == result.gt_instances.labels.tolist()
+            assert best.scores.item() > 0.5
+            assert box_iou(best.bboxes / 2, result.gt_instances.bboxes).item() > 0.75
+
+
+def test_a_part_that_cannot_be_built_is_named_by_its_place():
+    with pytest.raises(ConfigError, match=r"^neck.type: no neck named 'FPM'. Did you mean 'FPN'\?"):
+        MODELS.build(config(neck={"type": "FPM"}))
+    with pytest.raises(ConfigError, match=r"^roi.sampler.nums: BalancedSampler has no argument 'nums'. Did you mean 'num'\?"):
+        MODELS.build(config(roi={"type": "RoIBoxHead", "num_classes": 3, "sampler": {"type": "BalancedSampler", "nums": 1}}))
+    with pytest.raises(ConfigError, match="^roi: RoIBoxHead needs the argument 'num_classes'"):
+        MODELS.build(config(roi={"type": "RoIBoxHead"}))
+
+
+def test_parts_may_come_built():
+    neck = NECKS.build({"type": "FPN", "in_channels": (64, 128, 256, 512), "strides": (4, 8, 16, 32), "out_channels": 32})
+    assert MODELS.build(config(neck=neck)).neck is neck
+
+
+def test_fpn_adds_the_coarser_level_to_the_finer():
+    fpn = NECKS.build({"type": "FPN", "in_channels": (4, 4), "strides": (4, 8), "out_channels": 4, "num_levels": 3})
+    for conv in (*fpn.lateral, *fpn.output):
+        nn.init.dirac_(conv.weight)
+    fine, coarse = torch.randn(1, 4, 5, 7), torch.randn(1, 4, 3, 4)
+    first, second, third = fpn((fine, coarse))
+    torch.testing.assert_close(first, fine + coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :5, :7], rtol=0, atol=1e-6)
+    torch.testing.assert_close(second, coarse)
+    assert torch.equal(third, second[:, :, ::2, ::2])
+    assert fpn.strides == (4, 8, 16)
+
+
+def test_boxes_go_to_the_level_of_their_size():
+    head = HEADS.build({"type": "RoIBoxHead", "num_classes": 1, "in_channels": (8,) * 5, "strides": (4, 8, 16, 32, 64)})
+    sides = torch.tensor([10.0, 111, 112, 223, 224, 448, 5000])
+    boxes = torch.stack([torch.zeros(7), torch.zeros(7), sides, sides], 1)
+    assert head.level_of(boxes).tolist() == [0, 0, 1, 1, 2, 3, 3]
+
+
+def test_proposals_are_the_best_boxes_of_their_own_image():
+    torch.manual_seed(0)
+    model = MODELS.build(config()).eval()
+    batch = images(3)
+    with torch.inference_mode():
+        together = model(batch).proposals
+        for index in range(3):
+            alone = model(ImageBatch(batch.tensor[index:index + 1], batch.sizes[:1])).proposals[0]
+            torch.testing.assert_close(together[index], alone, rtol=0, atol=1e-3)
+    assert all(len(boxes) <= 50 for boxes in together)
+
+
+def test_heads_refuse_levels_of_different_width():
+    with pytest.raises(ValueError, match="same channels on each, got"):
+        HEADS.build({"type": "RPN", "in_channels": (8, 16), "strides": (4, 8)})
