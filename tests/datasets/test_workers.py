@@ -81,14 +81,17 @@ def test_worker_memory_does_not_grow_with_epochs(capsys):
     loader = DataLoader(dataset, batch_size=500, shuffle=True, num_workers=2, collate_fn=list, persistent_workers=True)
     memory, loaded = [], 0
     for _ in range(5):
-        loaded += sum(sum(batch) for batch in loader)
+        for number, batch in enumerate(loader):
+            loaded += sum(batch)
+            if not memory and number == 5:                   # both workers run, and have seen little: a list of dicts would grow from here
+                memory.append([memory_mib(worker.pid) for worker in loader._iterator._workers])
         memory.append([memory_mib(worker.pid) for worker in loader._iterator._workers])
     assert loaded == 5 * 50_000 * 7
-    with capsys.disabled():
-        print(f"\npacked buffer of {dataset.data_bytes.nbytes / 2**20:.0f} MiB; PSS of the two workers after each epoch, MiB: "
+    with capsys.disabled():                                  # the figures in docs/data.md
+        print(f"\n{dataset.data_bytes.nbytes / 2**20:.0f} MiB of annotations; two workers' MiB (PSS) after 6 batches, then each epoch: "
               + ", ".join(f"{first:.0f} + {second:.0f}" for first, second in memory))
     growth = [last - first for first, last in zip(memory[0], memory[-1], strict=True)]
-    assert max(growth) < 4
+    assert max(growth) < 10
 
 
 def test_importing_the_data_rooms_does_not_import_albumentations():
