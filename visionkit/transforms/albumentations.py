@@ -33,6 +33,8 @@ class Albumentations(BaseTransform):
         ValueError: the pipeline's dict has key points, which the adapter does not carry.
     """
 
+    FOREIGN = ("transforms",)                                # arguments whose dicts name classes that are in no registry
+
     def __init__(self, transforms: Sequence[Mapping[str, Any]], min_visible: float = 0.0, min_size: float = 1.0) -> None:
         package = import_albumentations()
         built = [_build(package, transform, ("transforms", index)) for index, transform in enumerate(transforms)]
