@@ -221,6 +221,18 @@ def test_hooks_are_built(folder):
     fails(runnable(folder, default_hooks__timer=dict(type="PreflightHook", interval=0)), r"^default_hooks\.timer: .*interval must")
 
 
+def test_the_number_by_which_the_best_is_kept_is_one_that_validation_reports(folder):
+    hook = dict(type="CheckpointHook", save_best="coco/bbox_map50")
+    fails(runnable(folder, default_hooks__checkpoint=hook), r"^default_hooks\.checkpoint\.save_best: .*'coco/bbox_mAP_50'")
+    hook = dict(type="EarlyStoppingHook", monitor="bbox_mAP")
+    fails(runnable(folder, custom_hooks=[hook]), r"^custom_hooks\[0\]\.monitor: .*'coco/bbox_mAP'")
+    preflight(runnable(folder, default_hooks__checkpoint=dict(type="CheckpointHook", save_best=["auto", "coco/bbox_AR_100"])))
+
+
+def test_weights_to_start_from_are_looked_for(folder):
+    fails(runnable(folder, load_from="weights.pth"), r"^load_from: no file 'weights\.pth'")
+
+
 @pytest.mark.parametrize("absent, training, said", [
     ("train_cfg", True, "^train_cfg: train_dataloader, train_cfg, optim_wrapper belong together"),
     ("val_evaluator", True, "^val_evaluator: .*belong together"),

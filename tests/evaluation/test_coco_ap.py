@@ -1,5 +1,7 @@
 import json
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -137,6 +139,43 @@ def test_the_padding_of_a_distributed_sampler_is_trimmed_by_size(warnings):
     classes = ("a", "b", "c", "d")
     assert evaluate([*samples, samples[0], samples[1]], classes, size=6) == evaluate(samples, classes)
     assert not warnings
+
+
+DISTRIBUTED = """
+import sys
+import torch, torch.distributed as dist
+from visionkit.evaluation import CocoMetric
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+metric = CocoMetric()
+metric.dataset_meta = {"classes": ("cell",)}
+for i in (0, 2, 4) if rank == 0 else (1, 3, 0):              # five images: the second process is filled up with image 0
+    boxes = torch.tensor([[0.0, 0, 10, 10 - i]])
+    annotation = {"bbox": [0, 0, 10, 10], "bbox_label": 0, "ignore_flag": 0, "area": 100}
+    metric.process(None, [{"img_id": i, "ori_shape": (50, 50), "annotations": [annotation],
+                           "pred_instances": {"bboxes": boxes, "scores": torch.tensor([1 - i / 10]), "labels": torch.tensor([0])}}])
+print("AP", metric.evaluate(5)["coco/bbox_mAP"])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    commands = [[sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path / "store")] for rank in range(2)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    samples = [sample(i, [annotation([0, 0, 10, 10])], [[0, 0, 10, 10 - i]], [1 - i / 10], [0]) for i in range(5)]
+    expected = evaluate(samples)["coco/bbox_mAP"]
+    assert 0.2 < expected < 0.9
+    for text in printed:
+        assert float(text.split("AP ")[-1]) == pytest.approx(expected)
+    assert "came twice" not in printed[0]
+
+
+def test_the_metric_tells_its_numbers_before_it_is_run():
+    metric = CocoMetric(metric=("bbox", "segm"), prefix="cells")
+    assert len(metric.reported) == 24
+    assert {"cells/bbox_mAP", "cells/segm_AR_l"} < set(metric.reported)
+    assert list(evaluate([sample(1, [])])) == CocoMetric().reported
 
 
 def test_image_ids_may_be_words():

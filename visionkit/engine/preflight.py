@@ -10,7 +10,7 @@ import difflib
 import inspect
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -49,6 +49,7 @@ from visionkit.registry import (
     ConfigError,
     Registry,
     check_arguments,
+    did_you_mean,
     dotted,
     registries,
 )
@@ -161,8 +162,10 @@ def _components(node: Any, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]
     if isinstance(node, Mapping):
         if "type" in node:
             yield path, node
+        foreign = getattr(TRANSFORMS.module_dict.get(node.get("type")), "FOREIGN", ())
         for key, value in node.items():
-            yield from _components(value, (*path, key))
+            if key not in foreign:                           # names another package's classes
+                yield from _components(value, (*path, key))
     elif isinstance(node, (list, tuple)):
         for index, value in enumerate(node):
             yield from _components(value, (*path, index))
@@ -243,9 +246,12 @@ def _look_up(name: Any, registry: Registry | None, path: Path) -> Any:
 # --------------------------------------------------------------------------------------------------------------- real builds
 
 def check_sections(cfg: Mapping[str, Any], training: bool) -> None:
-    """What the Runner wants only together is there together."""
+    """What the Runner wants only together is there together, and the weights to start from are there."""
     if cfg.get("model") is None:
         raise ConfigError("the config has no `model`", ("model",))
+    weights = cfg.get("load_from")
+    if weights and "://" not in weights and not os.path.isfile(os.path.expanduser(weights)):
+        raise ConfigError(f"no file {weights!r} to load weights from", ("load_from",))
     for group in SECTIONS:
         absent = [key for key in group if cfg.get(key) is None]
         needed = group[0] == ("train_dataloader" if training else "test_dataloader")
@@ -256,19 +262,39 @@ def check_sections(cfg: Mapping[str, Any], training: bool) -> None:
 
 def build_parts(cfg: Config, training: bool) -> nn.Module:
     """Build the metrics, hooks, log processor and model; the model is returned."""
-    for key in ("val_evaluator",) if training else ("test_evaluator",):
-        for path, node in _components(cfg.get(key), (key,)):
-            if "metrics" not in node:
-                _build(METRICS, node, path)
+    metrics = [_build(METRICS, node, path) for path, node in _metrics(cfg, "val_evaluator" if training else "test_evaluator")]
     hooks = {("default_hooks", name): hook for name, hook in (cfg.get("default_hooks") or {}).items()}
     hooks |= {("custom_hooks", index): hook for index, hook in enumerate(cfg.get("custom_hooks") or ())}
     for path, hook in hooks.items():
         if hook is not None:
             with contextlib.suppress(RuntimeError):          # a hook may want the Runner's visualizer, which is not there yet
-                _build(HOOKS, hook, path)
+                _check_watched(_build(HOOKS, hook, path), metrics if training else [], path)
     if cfg.get("log_processor"):
         _build(LOG_PROCESSORS, _with_default_type("log_processor", cfg.log_processor), ("log_processor",))
     return _build(MODELS, cfg.model, ("model",))
+
+
+def _metrics(cfg: Config, key: str) -> Iterator[tuple[Path, Any]]:
+    section = cfg.get(key)
+    path: Path = (key,)
+    if isinstance(section, Mapping) and "metrics" in section:
+        section, path = section["metrics"], (key, "metrics")
+    if isinstance(section, (list, tuple)):
+        yield from (((*path, index), metric) for index, metric in enumerate(section))
+    elif section is not None:
+        yield path, section
+
+
+def _check_watched(hook: Any, metrics: Sequence[Any], path: Path) -> None:
+    """The numbers that a hook watches, to keep the best checkpoint or to stop early, are among those that validation reports."""
+    if not metrics or not all(hasattr(metric, "reported") for metric in metrics):
+        return                                               # a metric does not tell its numbers before it is run
+    known = [name for metric in metrics for name in metric.reported]
+    for key, watched in (("save_best", getattr(hook, "metrics", ())), ("monitor", [getattr(hook, "monitor", "auto")])):
+        for name in watched:
+            if isinstance(name, str) and name != "auto" and name not in known:
+                raise ConfigError(f"validation will not report {name!r}.{did_you_mean(name, known)} It reports: {', '.join(known)}.",
+                                  (*path, key))
 
 
 def build_data(section: Mapping[str, Any], key: str) -> tuple[Any, Any]:

@@ -69,6 +69,11 @@ class CocoMetric(BaseMetric):
         self.per_class = per_class
         self.outfile = outfile
 
+    @property
+    def reported(self) -> list[str]:
+        """The names of the numbers, as `save_best` of a checkpoint hook takes them."""
+        return [f"{self.prefix}/{kind}_{row[0]}" for kind in self.kinds for row in TWELVE]
+
     def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
         """Keep what the evaluation needs of each image, small and on the CPU."""
         self.results.extend(self._summary(sample) for sample in data_samples)
