@@ -2,7 +2,7 @@
 from visionkit.datasets.base import Dataset
 from visionkit.datasets.coco import CocoDataset
 from visionkit.datasets.detection import DetectionDataset
-from visionkit.datasets.report import DatasetReport, report
+from visionkit.datasets.report import DatasetReport
 from visionkit.datasets.roots import resolve
 from visionkit.datasets.sampler import Draw, DrawSampler, InfiniteDrawSampler, seeded
 from visionkit.datasets.shapes import ShapesDataset
@@ -11,4 +11,4 @@ from visionkit.datasets.voc import VOCDataset
 from visionkit.datasets.workers import worker_init
 
 __all__ = ["CocoDataset", "Dataset", "DatasetReport", "DetectionDataset", "Draw", "DrawSampler", "InfiniteDrawSampler", "ShapesDataset",
-           "VOCDataset", "images_per_second", "report", "resolve", "seeded", "worker_init"]
+           "VOCDataset", "images_per_second", "resolve", "seeded", "worker_init"]
