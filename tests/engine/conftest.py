@@ -58,9 +58,9 @@ def toy_file(tmp_path, toy_parts):
 @pytest.fixture
 def toy(toy_file, tmp_path):
     """Trains the toy config with `options` in the folder `name`, after forgetting what was recorded before; the runner."""
-    from visionkit.engine import load_config, train
-
     import toy_parts
+
+    from visionkit.engine import load_config, train
 
     def run(name: str = "run", *options: str, more: str = "", **arguments):
         for record in (toy_parts.SEEN, toy_parts.LOSSES, toy_parts.RATES):

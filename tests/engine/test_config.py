@@ -17,7 +17,7 @@ def write(folder, name, text):
     return path
 
 
-@pytest.mark.parametrize(("option", "keys", "value"), [
+@pytest.mark.parametrize("option, keys, value", [
     ("model.backbone.depth=18", ("model", "backbone", "depth"), 18),
     ("pipeline.1.prob=1e-3", ("pipeline", 1, "prob"), 1e-3),
     ("pipeline.-1.type=Crop", ("pipeline", -1, "type"), "Crop"),
@@ -38,7 +38,7 @@ def test_an_option_sets_a_value(settings, option, keys, value):
     assert type(settings) is type(value)
 
 
-@pytest.mark.parametrize(("option", "message"), [
+@pytest.mark.parametrize("option, message", [
     ("model.backbone.dept=18", r"model\.backbone\.dept: .*no such key\. Did you mean 'depth'\?.*'\+model\.backbone\.dept=18'"),
     ("optimizer.lr=1", r"optimizer: .*no such key"),
     ("pipeline.2.prob=1", r"pipeline: .*list of 2.*no element '2'"),
@@ -95,7 +95,7 @@ def test_a_value_that_is_not_plain_is_refused_with_its_place(tmp_path, value):
         load_config(write(tmp_path, "card.py", f"model = dict(parts=[dict(type={value})])"))
 
 
-@pytest.mark.parametrize(("text", "message"), [("a = (", "SyntaxError"), ("a = undefined", "NameError.*undefined"),
+@pytest.mark.parametrize("text, message", [("a = (", "SyntaxError"), ("a = undefined", "NameError.*undefined"),
                                                ("custom_imports = dict(imports=['not_there'])", "ImportError")])
 def test_a_config_that_fails_is_named_with_its_error(tmp_path, text, message):
     with pytest.raises(ConfigError, match=f"(?s)card.py' cannot be read: {message}"):

@@ -35,12 +35,12 @@ def test_a_run_stopped_in_mid_epoch_goes_on_bit_for_bit(toy, toy_parts, more, wo
         toy("parts", data, IN_MID_EPOCH, more=more)
     first = len(toy_parts.LOSSES)
     assert first == 9                                        # the iteration that was under way is finished
-    assert toy_parts.SEEN == seen[:len(toy_parts.SEEN)]
+    assert seen[:len(toy_parts.SEEN)] == toy_parts.SEEN
     before = list(toy_parts.SEEN)
     resumed = toy("parts", data, more=more, resume=True)
     assert before + toy_parts.SEEN == seen
-    assert toy_parts.LOSSES == losses[first:]
-    assert toy_parts.RATES == rates[first:]
+    assert losses[first:] == toy_parts.LOSSES
+    assert rates[first:] == toy_parts.RATES
     assert_same(weights(whole), weights(resumed))
 
 
@@ -88,6 +88,16 @@ def test_a_stop_in_validation_repeats_it(toy, toy_parts, validation, more):
     assert errors[0] == errors[1]
 
 
+def test_a_resumed_run_keeps_its_seed(toy, toy_parts):
+    toy("whole", "randomness.seed=5")
+    seen = list(toy_parts.SEEN)
+    with pytest.raises(Stopped):
+        toy("parts", IN_MID_EPOCH, "randomness.seed=5")
+    before = list(toy_parts.SEEN)
+    assert toy("parts", resume=True).seed == 5               # the config says 0
+    assert before + toy_parts.SEEN == seen
+
+
 def test_another_batch_size_resumes_at_the_same_image(toy, toy_parts):
     toy("whole", "train_dataloader.dataset.length=12")
     seen = list(toy_parts.SEEN)
@@ -110,7 +120,7 @@ def test_more_epochs_continue_the_schedule_as_if_new_from_the_start(toy, toy_par
     rates = list(toy_parts.RATES)
     toy("parts", *options, "train_cfg.max_epochs=2")
     toy("parts", *options, "train_cfg.max_epochs=4", resume=True)
-    assert toy_parts.RATES == pytest.approx(rates[12:], rel=1e-12)
+    assert rates[12:] == pytest.approx(toy_parts.RATES, rel=1e-12)
     assert len(set(rates[12:])) > 1                          # the schedule moves there, so a frozen one would be noticed
 
 
@@ -119,7 +129,7 @@ def test_more_iterations_continue_the_schedule(toy, toy_parts):
     rates = list(toy_parts.RATES)
     toy("parts", more=BY_ITER)
     toy("parts", "train_cfg.max_iters=24", more=BY_ITER, resume=True)
-    assert toy_parts.RATES == pytest.approx(rates[12:], rel=1e-12)
+    assert rates[12:] == pytest.approx(toy_parts.RATES, rel=1e-12)
 
 
 def test_another_milestone_rate_or_momentum_is_followed_too(toy, toy_parts):

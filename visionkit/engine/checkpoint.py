@@ -13,7 +13,7 @@ import pickle
 import struct
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -36,6 +36,10 @@ ENOUGH = 0.9                                                 # share of a model'
 
 class CheckpointError(ConfigError):
     """A checkpoint that is damaged, holds what is never loaded, or does not fit the model."""
+
+
+class NotResumable(CheckpointError):
+    """A checkpoint in good order that holds weights, and not the state of a run."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
@@ -250,9 +254,11 @@ def to_history(log_scalars: Mapping[str, Any]) -> dict[str, HistoryBuffer]:
 
 @dataclass
 class Resumable:
-    """The checkpoint to go on from, and which newer ones were passed over, with the reason."""
+    """The checkpoint to go on from with its `meta`, and which newer ones were passed over, with the reason."""
     path: Path | None
     passed_over: dict[str, str]
+    damaged: bool = False                                    # whether one was passed over that a run could have resumed from
+    meta: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:
         skipped = "".join(f"\n  passed over {name}: {reason}" for name, reason in self.passed_over.items())
@@ -270,17 +276,29 @@ def find_resumable(work_dir: str | os.PathLike) -> Resumable:
     if pointer.is_file():                                    # it may lead to another folder, see CheckpointHook.out_dir
         target = work_dir / pointer.read_text().strip()
         candidates |= set(target.parent.glob("*.pth"))
-    passed_over = {}
+    passed_over, damaged = {}, False
     for path in sorted(candidates, key=saved_ns, reverse=True):
         try:
-            missing = [key for key in ("meta", "message_hub", "optimizer") if key not in read_checkpoint(path, mmap=True)]
+            return Resumable(path, passed_over, damaged, read_resumable(path)["meta"])
         except (CheckpointError, OSError) as error:
             passed_over[path.name] = str(error)
-            continue
-        if not missing:
-            return Resumable(path, passed_over)
-        passed_over[path.name] = f"holds weights only, no {', '.join(missing)}"
-    return Resumable(None, passed_over)
+            damaged |= not isinstance(error, NotResumable)
+    return Resumable(None, passed_over, damaged)
+
+
+def read_resumable(path: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint holds, its tensors still on disk.
+
+    Raises:
+        NotResumable: it has no more than weights.
+        CheckpointError: it cannot be read.
+    """
+    checkpoint = read_checkpoint(path, mmap=not str(path).endswith(".safetensors"))
+    missing = [key for key in ("meta", "message_hub", "optimizer") if key not in checkpoint]
+    if missing:
+        raise NotResumable(f"{path} holds weights only ({', '.join(missing)} missing), from which no run resumes; to start a new run "
+                           f"from them, use load_from")
+    return checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------- weights

@@ -347,11 +347,12 @@ class ProgressHook(Hook):
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             self.progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                                      TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                                     console=Console(file=sys.stderr), transient=True)
+                                     console=Console(file=sys.stderr), transient=True, redirect_stdout=sys.stdout.isatty())
+            stdout = sys.stdout
             self.progress.start()
             for handler in runner.logger.handlers:           # log lines go above the bar, by way of rich
-                if type(handler) is logging.StreamHandler:
-                    self._streams.append((handler, handler.setStream(sys.stderr)))
+                if getattr(handler, "stream", None) is stdout is not sys.stdout:
+                    self._streams.append((handler, handler.setStream(sys.stdout)))
         return self.progress is not None
 
     def _advance(self) -> None:

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.runner import Runner
 
-from visionkit.engine.checkpoint import CheckpointError, find_resumable, read_checkpoint
+from visionkit.engine.checkpoint import CheckpointError, find_resumable, read_checkpoint, read_resumable
 from visionkit.engine.distributed import start_processes
 from visionkit.engine.preflight import preflight
 from visionkit.registry import ConfigError
@@ -119,27 +119,28 @@ def _choose_checkpoint(cfg: Config, resume: bool | str) -> str:
     broadcast_object_list(choice)
     if isinstance(choice[0], ConfigError):
         raise choice[0]
-    cfg.load_from, cfg.resume, note = choice[0]
+    cfg.load_from, cfg.resume, seed, note = choice[0]
+    if seed is not None and seed != cfg.get("randomness", {}).get("seed"):           # else the data order would be another
+        cfg.randomness = {**cfg.get("randomness", {}), "seed": seed}
+        note += f"\n  with its seed, {seed}"
     return note
 
 
-def _checkpoint_of(cfg: Config, resume: bool | str) -> tuple[str | None, bool, str]:
+def _checkpoint_of(cfg: Config, resume: bool | str) -> tuple[str | None, bool, int | None, str]:
+    """`load_from`, `resume`, the seed of the run to resume, and what to tell about it."""
     load_from = cfg.get("load_from")
     if resume in (True, "auto"):
         found = find_resumable(cfg.work_dir)
         if found.path:
-            return str(found.path), True, found.describe()
-        if any("weights only" not in reason for reason in found.passed_over.values()):
+            return str(found.path), True, found.meta.get("seed"), found.describe()
+        if found.damaged:
             raise CheckpointError(f"{found.describe()}\nTo start anew in this folder, leave out --resume.")
-        return load_from, False, f"nothing to resume in {cfg.work_dir}: a new run starts"
+        return load_from, False, None, f"nothing to resume in {cfg.work_dir}: a new run starts"
     if resume:
-        if not {"meta", "message_hub", "optimizer"} <= read_checkpoint(resume, mmap=True).keys():
-            raise CheckpointError(f"{resume} holds weights only, from which no run resumes; start a new one with "
-                                  f"--cfg-options load_from={resume}")
-        return str(resume), True, f"resuming from {resume}"
+        return str(resume), True, read_resumable(resume)["meta"].get("seed"), f"resuming from {resume}"
     if load_from and "://" not in load_from:
         read_checkpoint(load_from, mmap=True)                # a wrong name or a damaged file shows before any work
-    return load_from, False, ""
+    return load_from, False, None, ""
 
 
 def _build_runner(cfg: Config) -> Runner:

@@ -1,0 +1,81 @@
+"""The command line of training."""
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOYS = ROOT / "tests" / "engine"
+TRAIN = ROOT / "tools" / "train.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TOYS)]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+CARD = f"""
+_base_ = {str(ROOT / "configs" / "_base_" / "runtime.py")!r}
+custom_imports = dict(imports=["toy_parts"])
+model = dict(type="ToyModel")
+train_dataloader = dict(batch_size=2, num_workers=2, sampler=dict(type="DrawSampler"), dataset=dict(type="ToyData", length=400))
+train_cfg = dict(type="EpochLoop", max_epochs=100)
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1))
+"""
+
+
+@pytest.fixture
+def card(tmp_path):
+    path = tmp_path / "card.py"
+    path.write_text(CARD)
+    return path
+
+
+def call(*arguments, **options):
+    return subprocess.run([sys.executable, TRAIN, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False,
+                          env=ENVIRONMENT, **options)
+
+
+def test_help_answers_in_under_a_second():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = call("--help")
+        seconds.append(time.perf_counter() - start)
+    assert done.returncode == 0
+    assert "--resume" in done.stdout
+    assert statistics.median(seconds) < 1
+
+
+def test_a_wrong_option_is_one_clear_line_and_exit_code_2(card):
+    done = call(card, "--cfg-options", "train_cfg.max_epoch=1")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: train_cfg.max_epoch: --cfg-options")
+    assert "Did you mean 'max_epochs'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["the process", "its data workers as well"])
+def test_sigterm_saves_exits_0_and_prints_a_command_that_goes_on(card, tmp_path, whole_group):
+    folder = tmp_path / "a folder"
+    process = subprocess.Popen([sys.executable, TRAIN, card, "--work-dir", folder, "--seed", "3"], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True)
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "Epoch(train)" in line:
+            (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
+            break
+    said += process.stdout.read()
+    assert process.wait(60) == 0, said
+    assert re.search(rf"stopped by SIGTERM; saved {folder}/iter_\d+\.pth", said), said
+    assert "seed 3" in said
+    command = shlex.split(re.search("To go on: (.*)", said)[1])
+    assert command[-1] == "--resume"
+    done = subprocess.run([*command, "--cfg-options", "train_cfg.max_epochs=1"], capture_output=True, text=True, timeout=120, check=False,
+                          env=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming from" in done.stdout
+    assert (folder / "epoch_1.pth").exists() or "epoch_" in "".join(os.listdir(folder))
