@@ -23,7 +23,8 @@ def check_op(function: Callable[..., Any], inputs: Sequence[Any], *, empty: Sequ
         function: the op.
         inputs: its arguments; a floating tensor that requires a gradient is differentiated.
         empty: arguments of an empty call; by default the tensors that are as long as the first one lose all their rows.
-        custom_op: what `function` calls, such as `torch.ops.starter.blend.default`, if it is not a custom op itself.
+        custom_op: the registered op behind `function`, such as `torch.ops.starter.blend.default`, if `function` is not that
+            itself; it takes the same arguments.
         dtypes: the floating types it supports.
 
     Raises:

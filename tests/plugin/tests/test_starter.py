@@ -1,13 +1,23 @@
+from pathlib import Path
+
 import pytest
 import torch
 from starter_plugin import BlurPool, RandomTranslate, StarterNet, blur_pool
 
-from visionkit.registry import BACKBONES, ConfigError
-from visionkit.testing import check_backbone, check_op, check_transform
+from visionkit.engine import load_config
+from visionkit.registry import BACKBONES, MODELS, ConfigError
+from visionkit.testing import check_backbone, check_model, check_op, check_transform
+
+CONFIG = Path(__file__).parents[1] / "configs" / "starter_shapes.py"
 
 
 def test_starter_net_keeps_the_contract_of_a_backbone():
     check_backbone(StarterNet(width=4))
+
+
+def test_a_detector_on_starter_net_keeps_the_contract_of_a_model():
+    config = load_config(CONFIG, ["model.backbone.width=4", "model.neck.out_channels=8"])
+    check_model(MODELS.build(config.model), num_classes=4)
 
 
 def test_random_translate_keeps_the_contract_of_a_transform():
