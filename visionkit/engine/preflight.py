@@ -186,13 +186,26 @@ def _with_default_type(key: str, section: Mapping[str, Any]) -> Mapping[str, Any
 
 
 def _check_component(node: Mapping[str, Any], path: Path) -> None:
+    """Look one component up and compare its arguments.
+
+    Where the key does not tell the registry, the owner may interpret the dict by itself, as mmcv does with
+    `norm_cfg=dict(type="BN", requires_grad=True)`; then it is left to the real build. A part of a model may also live in another
+    registry than its key suggests, if its owner looks there.
+    """
     registry = _registry_at(path, node)
-    component = _look_up(node["type"], registry, path)
-    if component is not None:
-        given = set(node) - {"type", "_scope_"} - RUNNER_TAKES.get(registry, set())
-        if registry is PARAM_SCHEDULERS and inspect.isclass(component):
-            component = _without_mixin(component)
-        _check_arguments(component, given, path)
+    if registry is None:
+        return
+    if path[0] == "model" and node["type"] not in registry and any(node["type"] in other for other in registries()):
+        return
+    component = node["type"]
+    if isinstance(component, str):
+        with _at(*path):
+            component = registry.get(component)
+    if not callable(component):
+        raise ConfigError(f"a type is a name or a class, got {component!r}", (*path, "type"))
+    if registry is PARAM_SCHEDULERS and inspect.isclass(component):
+        component = _without_mixin(component)
+    _check_arguments(component, set(node) - {"type", "_scope_"} - RUNNER_TAKES.get(registry, set()), path)
 
 
 def _without_mixin(scheduler: type) -> type:
@@ -218,29 +231,6 @@ def _registry_at(path: Path, node: Mapping[str, Any]) -> Registry | None:
         return EVALUATORS
     table = PART_KEYS if keys[0] == "model" and len(keys) > 1 else RUN_KEYS
     return next((registry for pattern, registry in table if fnmatchcase(keys[-1], pattern)), None)
-
-
-def _look_up(name: Any, registry: Registry | None, path: Path) -> Any:
-    """The component called `name`; None where it may be something that its owner interprets by itself.
-
-    A part of a model may live in another registry than its key suggests, if its owner looks there, so all are searched before
-    the name is called wrong.
-    """
-    if not isinstance(name, str):
-        if not callable(name):
-            raise ConfigError(f"a type is a name or a class, got {name!r}", (*path, "type"))
-        return name
-    for candidate in (registry, *registries()):
-        if candidate is None:
-            continue
-        with contextlib.suppress(ConfigError):               # not there
-            return candidate.get(name)
-        if candidate is registry and path[0] != "model":     # what the Runner builds comes from this registry alone
-            break
-    if registry is None:
-        return None
-    with _at(*path):
-        return registry.get(name)                            # for its error
 
 
 # --------------------------------------------------------------------------------------------------------------- real builds
@@ -299,11 +289,14 @@ def _check_watched(hook: Any, metrics: Sequence[Any], path: Path) -> None:
 
 def build_data(section: Mapping[str, Any], key: str) -> tuple[Any, Any]:
     """Build the data set and the sampler of a loader, and check the loader's other settings."""
+    for needed in ("dataset", "sampler"):
+        if needed not in section:
+            raise ConfigError(f"a loader needs a `{needed}`, and this one has only {', '.join(section)}", (key,))
     dataset = _build(DATASETS, section["dataset"], (key, "dataset"))
     with _at(key, "dataset"):
         if hasattr(dataset, "full_init"):
             dataset.full_init()
-    sampler = _build(SAMPLERS, section.get("sampler") or {"type": "DefaultSampler"}, (key, "sampler"), dataset=dataset, seed=0)
+    sampler = _build(SAMPLERS, section["sampler"], (key, "sampler"), dataset=dataset, seed=0)
     if section.get("batch_sampler"):
         _build(SAMPLERS, section["batch_sampler"], (key, "batch_sampler"), sampler=sampler, batch_size=section.get("batch_size"))
     with _at(key):                                           # number of workers, prefetching, ...: torch's own checks
