@@ -79,14 +79,3 @@ def test_installing_it_leaves_this_environment_alone(starter):
     assert "visionkit-starter" not in subprocess.run([sys.executable, "-m", "pip", "list"], capture_output=True, text=True).stdout
     assert not list(SOURCE.glob("*.egg-info"))
     assert not SOURCE.joinpath("build").exists()
-
-
-def test_every_snippet_of_the_guide_is_in_the_plugin():
-    """A block of docs/plugins.md that follows a line `tests/plugin/FILE` (in backquotes) stands in that file word for word."""
-    blocks = re.findall(r"^`tests/plugin/(\S+)`[^\n]*\n+```\w*\n(.*?)^```", GUIDE.read_text(), re.M | re.S)
-    assert {name for name, _ in blocks} == {"pyproject.toml", "starter_plugin/__init__.py", "starter_plugin/backbone.py",
-                                            "starter_plugin/translate.py", "starter_plugin/blur_pool.py", "tests/test_starter.py",
-                                            "configs/starter_shapes.py"}
-    for name, block in blocks:
-        for part in re.split(r"^\s*(?:#|//) \.\.\.\n", block, flags=re.M):             # a line `# ...` leaves something out
-            assert part.strip("\n") in SOURCE.joinpath(name).read_text(), f"docs/plugins.md differs from {name}:\n{part}"
