@@ -216,6 +216,19 @@ def test_masks_are_compared_as_masks(backend, polygon):
     assert numbers["whole"]["coco/bbox_mAP"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("backend", ["faster_coco_eval", "pycocotools"])
+def test_the_size_of_a_detected_mask_is_its_own_and_not_that_of_its_box(backend):
+    """A sure detection of nothing: a thin line of 100 pixels in a large box. It is small, so it halves the precision of the small."""
+    block, line = np.zeros(SIZE, bool), np.zeros(SIZE, bool)
+    block[:20, :20] = True
+    line[np.arange(100), np.arange(100) + 40] = True
+    truth = annotation([0, 0, 20, 20], mask=[[0.0, 0.0, 20.0, 0.0, 20.0, 20.0, 0.0, 20.0]])
+    one = sample(1, [truth], [[0, 0, 20, 20], [40, 0, 140, 100]], [0.5, 0.9], [0, 0], torch.from_numpy(np.stack([block, line])))
+    numbers = evaluate([one], metric=("bbox", "segm"), backend=backend)
+    assert numbers["coco/segm_mAP_s"] == pytest.approx(0.5)
+    assert numbers["coco/bbox_mAP_s"] == pytest.approx(1)
+
+
 def test_the_table_has_cocos_twelve_lines_and_an_ap_a_class(monkeypatch):
     said = []
     monkeypatch.setattr("visionkit.evaluation.coco_ap.print_log", lambda text, logger, level=logging.INFO: said.append(text))
