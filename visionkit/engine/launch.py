@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 
 from visionkit.engine.checkpoint import CheckpointError, find_resumable, read_checkpoint, read_resumable
 from visionkit.engine.distributed import start_processes
+from visionkit.engine.memory import keep_freed_memory
 from visionkit.engine.preflight import preflight
 from visionkit.registry import ConfigError
 
@@ -42,6 +43,7 @@ def train(cfg: Config, *, resume: bool | str = False, amp: bool = False, launche
     cfg = _prepared(cfg, launcher, work_dir)
     if amp:
         _use_autocast(cfg)
+    keep_freed_memory()
     preflight(cfg)
     start_processes(cfg)
     note = _choose_checkpoint(cfg, resume or cfg.get("resume", False))
@@ -72,6 +74,7 @@ def test(cfg: Config, checkpoint: str | os.PathLike, *, launcher: str | None = N
     """
     cfg = _prepared(cfg, launcher, work_dir)
     cfg.load_from, cfg.resume = os.fspath(checkpoint), False
+    keep_freed_memory()
     preflight(cfg, training=False)
     start_processes(cfg)
     _choose_checkpoint(cfg, False)
