@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from visionkit.engine.preflight import check_components, check_keys, preflight
+from visionkit.engine.preflight import check_classes, check_components, check_keys, preflight
 from visionkit.models.base import Model
 from visionkit.registry import DATASETS, HEADS, HOOKS, MODELS, TRANSFORMS, ConfigError
 
@@ -306,6 +306,11 @@ def test_a_default_number_of_classes_is_compared_too(folder):
     cfg = runnable(folder, train_dataloader__dataset=classes, val_dataloader__dataset=classes)
     del cfg.model.head["num_classes"]
     fails(cfg, r"^model\.head\.num_classes: the model has 2 classes, but .* has 3")
+
+
+def test_a_backbones_number_of_classes_is_its_own_affair():
+    cfg = dict(type="X", backbone=dict(type="Y", num_classes=1000), head=dict(type="Z", num_classes=2))
+    check_classes(cfg, nn.Module(), {("train_dataloader", "dataset"): ("cat", "dog")})
 
 
 def test_validation_with_other_classes_than_training_is_an_error(folder):
