@@ -64,6 +64,11 @@ def test_a_class_that_the_file_lacks_is_an_error_with_its_categories(write_coco)
         coco(write_coco(), metainfo=dict(classes=("cat", "dgo")))
 
 
+def test_a_class_named_twice_is_an_error(write_coco):
+    with pytest.raises(ConfigError, match="metainfo.classes: a class stands twice in cat, cat"):
+        coco(write_coco(), metainfo=dict(classes=("cat", "cat")))
+
+
 def test_images_without_objects_stay_unless_asked_otherwise(write_coco):
     folder = write_coco(lambda content: content["annotations"].pop(0))      # leaves image 10 with nothing but crowd
     assert len(coco(folder)) == 3
@@ -108,7 +113,7 @@ def test_a_wrong_prefix_is_named(write_coco):
     (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 of .* has no `bbox`"),
     (lambda c: c["annotations"][0].update(category_id=99), "annotation 1 of .* has category_id 99, which its categories do not list"),
     (lambda c: c["images"][1].update(id=10), "gives the image id 10 to two files"),
-    (lambda c: c["categories"][0].update(name="cat"), "more than one category called 'cat'|a class stands twice"),
+    (lambda c: c["categories"][0].update(name="cat"), "ann_file: .*more than one category called 'cat'"),
     (lambda c: c["images"].clear(), "has no records: .* lists no image"),
 ], ids=["no categories", "no width", "no bbox", "unknown category", "one id for two files", "one name for two categories", "no images"])
 def test_a_file_that_cannot_be_used_is_an_error_that_says_why(write_coco, change, message):
@@ -197,6 +202,15 @@ def test_skip_replaces_a_broken_image_and_says_which(write_coco, on_draw):
     assert "replaced" not in dataset[1]["data_samples"]
 
 
+def test_the_augmentation_of_a_replacement_follows_the_draw_too(write_coco):
+    folder = write_coco()
+    (folder / "images" / "0.jpg").unlink()
+    dataset = coco(folder, pipeline=PIPELINE, on_error="skip")
+    flips = [[dataset[Draw(0, seed)]["data_samples"].flip for seed in range(16)] for _ in range(2)]
+    assert flips[0] == flips[1]
+    assert len(set(flips[0])) == 2
+
+
 def test_different_draws_of_a_broken_image_get_different_replacements(write_coco):
     folder = write_coco(num_images=6)
     (folder / "images" / "0.jpg").unlink()
@@ -208,7 +222,7 @@ def test_skip_gives_up_when_no_image_can_be_read(write_coco):
     folder = write_coco()
     for i in range(3):
         (folder / "images" / f"{i}.jpg").write_bytes(b"")
-    with pytest.raises(BrokenImageError, match="21 images in a row could not be read, the last: .*the file is empty"):
+    with pytest.raises(BrokenImageError, match="no usable image in 21 draws; 21 could not be read, the last: .*the file is empty"):
         coco(folder, pipeline=PIPELINE, on_error="skip")[0]
 
 

@@ -51,6 +51,17 @@ def test_each_change_happens_half_of_the_time_and_all_at_once_with_prob():
     assert not any((PhotoMetricDistortion(prob=0)({"img": PICTURE})["img"] != PICTURE).any() for _ in range(30))
 
 
+def test_saturation_and_hue_are_drawn_from_their_ranges():
+    grey = PhotoMetricDistortion(brightness_delta=0, contrast_range=(1, 1), saturation_range=(0, 0), hue_delta=0)
+    assert np.mean([np.ptp(grey({"img": PICTURE})["img"], axis=-1).max() == 0 for _ in range(200)]) == pytest.approx(0.5, abs=0.12)
+    red = np.full((1, 1, 3), (200, 0, 0), np.uint8)
+    turned = PhotoMetricDistortion(brightness_delta=0, contrast_range=(1, 1), saturation_range=(1, 1), hue_delta=60)
+    colors = np.array([turned({"img": red})["img"][0, 0] for _ in range(200)])
+    assert colors[:, 0].min() > 190                          # up to yellow and magenta, red stays
+    assert colors[:, 1].max() > 100
+    assert colors[:, 2].max() > 100
+
+
 def test_the_draws_consumed_do_not_depend_on_what_is_applied():
     states = set()
     for prob in (0.0, 1.0):

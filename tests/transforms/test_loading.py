@@ -136,6 +136,9 @@ def test_parts_of_a_polygon_are_joined_and_points_and_lines_are_empty():
 def test_a_mask_of_another_image_is_refused():
     with pytest.raises(ValueError, match=r"a mask of \(4, 4\) pixels does not lie on an image of \(8, 8\)"):
         decode_mask(coco_mask.encode(np.zeros((4, 4), np.uint8, "F")), 8, 8)
+    wrong = instance(mask=coco_mask.encode(np.zeros((4, 4), np.uint8, "F")))
+    with pytest.raises(ValueError, match="annotation 1 of a.jpg: a mask of"):
+        LoadAnnotations(with_mask=True)({"instances": [wrong], "ori_shape": (8, 8), "img_path": "a.jpg"})
 
 
 def test_asking_for_masks_that_are_not_there_is_an_error():

@@ -88,13 +88,16 @@ class Dataset(BaseDataset):
     def _replace(self, index: int, messages: list[str]) -> Any:
         seed = index.seed if isinstance(index, Draw) else int(index)
         for attempt in range(1, MAX_REPLACEMENTS + 1):
-            other = Draw(draw_seed(seed, attempt, 0) % len(self), draw_seed(seed, attempt, 1))
-            with seeded(other.seed):
-                try:
-                    return self.pipeline({**self.get_data_info(other), "replaced": messages})
-                except BrokenImageError as error:
-                    messages.append(str(error))
-        raise BrokenImageError(f"{len(messages)} images in a row could not be read, the last: {messages[-1]}")
+            other = draw_seed(seed, attempt, 0) % len(self)
+            try:
+                sample = self.pipeline({**self.get_data_info(other), "replaced": messages})
+            except BrokenImageError as error:
+                messages.append(str(error))
+            else:
+                if sample is not None:                       # None: a transform found nothing to use in this image
+                    return sample
+        raise BrokenImageError(f"no usable image in {MAX_REPLACEMENTS + 1} draws; {len(messages)} could not be read, the last: "
+                               f"{messages[-1]}")
 
     def _log(self, message: str, level: int = logging.INFO) -> None:
         print_log(f"{type(self).__name__}: {message}", logger="current", level=level)

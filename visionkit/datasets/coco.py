@@ -57,10 +57,10 @@ class CocoDataset(DetectionDataset):
         categories = sorted(categories, key=lambda category: category["id"])
         names = [category["name"] for category in categories]
         classes = tuple(self._metainfo.get("classes", names))
-        check_classes(classes, names, self.ann_file)
         ambiguous = [name for name in classes if names.count(name) > 1]
         if ambiguous:
             raise ConfigError(f"{self.ann_file} has more than one category called {ambiguous[0]!r}", ("ann_file",))
+        check_classes(classes, names, self.ann_file)
         ids = {category["name"]: category["id"] for category in categories}
         self._metainfo.update(classes=classes, category_ids=tuple(ids[name] for name in classes))
         return {ids[name]: label for label, name in enumerate(classes)}

@@ -151,7 +151,10 @@ class LoadAnnotations(BaseTransform):
             if "mask" not in instance:
                 raise ValueError(f"with_mask=True needs a mask for every object, but annotation {instance.get('id')} of "
                                  f"{results.get('img_path')} has none; set with_mask=False")
-            mask[:] = decode_mask(instance["mask"], height, width)
+            try:
+                mask[:] = decode_mask(instance["mask"], height, width)
+            except ValueError as error:
+                raise ValueError(f"annotation {instance.get('id')} of {results.get('img_path')}: {error}") from error
         return masks
 
     def __repr__(self) -> str:
