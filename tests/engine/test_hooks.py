@@ -65,6 +65,14 @@ def test_the_best_is_kept_and_survives_resuming(toy, toy_parts, tmp_path, valida
     assert runner.message_hub.get_info(f"best_{save_best}") == {"score": 0.5, "file": "best_toy_error_epoch_4.pth"}
 
 
+def test_a_validation_that_the_checkpoint_knows_of_is_not_repeated(toy, toy_parts, validation, monkeypatch):
+    errors = iter([3.0, 1.0])
+    monkeypatch.setattr(toy_parts.ToyMetric, "compute_metrics", lambda self, results: {"error": next(errors)})
+    toy("run", "+default_hooks.checkpoint.save_best=auto", more=validation)
+    errors = iter([0.5])                                     # of epoch 3; epoch 2 was the best, and saved again for it
+    toy("run", "+default_hooks.checkpoint.save_best=auto", "train_cfg.max_epochs=3", more=validation, resume=True)
+
+
 def test_a_best_metric_that_is_not_reported_is_an_error(toy, validation):
     with pytest.raises(ConfigError, match="save_best='toy/eror' .*reports: toy/error.*Did you mean 'toy/error'"):
         toy("run", "+default_hooks.checkpoint.save_best=toy/eror", more=validation)

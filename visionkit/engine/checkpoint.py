@@ -163,7 +163,8 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", mmap: bo
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     if "state_dict" not in checkpoint:                       # the bare weights, as torchvision saves them
         checkpoint = {"state_dict": checkpoint}
-    drop_executable(checkpoint)
+    if isinstance(checkpoint.get("meta"), dict):
+        checkpoint["meta"].pop("config", None)               # Runner.resume of mmengine runs it as Python
     return checkpoint
 
 
@@ -196,12 +197,6 @@ CheckpointLoader.register_scheme([prefix for prefix in CheckpointLoader._schemes
 CheckpointLoader.register_scheme("", loader=load_from_file, force=True)
 CheckpointLoader.register_scheme(["http://", "https://"], loader=load_from_url, force=True)
 CheckpointLoader.register_scheme("torchvision://", loader=load_from_torchvision, force=True)
-
-
-def drop_executable(checkpoint: dict[str, Any]) -> None:
-    """Take out `meta.config`, which `Runner.resume` of mmengine runs as Python."""
-    if isinstance(checkpoint.get("meta"), dict):
-        checkpoint["meta"].pop("config", None)
 
 
 def _is_zip(data: bytes) -> bool:

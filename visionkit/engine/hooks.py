@@ -22,7 +22,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-from visionkit.engine.checkpoint import check_fit, drop_executable, sweep_partial_files, to_history, to_plain, write_atomically
+from visionkit.engine.checkpoint import check_fit, sweep_partial_files, to_history, to_plain, write_atomically
 from visionkit.engine.loops import geometry
 from visionkit.engine.schedules import continue_schedule, group_settings
 from visionkit.registry import HOOKS, ConfigError, did_you_mean
@@ -82,7 +82,6 @@ class CheckpointHook(Hook):
                 checkpoint[part] = to_plain(checkpoint[part])
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        drop_executable(checkpoint)                          # again: a checkpoint from a URL did not come through our loader
         resuming = runner._resume
         self.configured = group_settings(runner) if resuming else None
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
