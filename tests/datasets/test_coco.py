@@ -199,6 +199,7 @@ def test_skip_replaces_a_broken_image_and_says_which(write_coco, on_draw):
     assert sample.img_id in (11, 12)
     assert any("0.jpg" in line and "image id 10, annotation ids 1, 2" in line and "truncated" in line for line in sample.replaced)
     assert dataset[index]["data_samples"].img_id == sample.img_id
+    assert on_draw or dataset[-3]["data_samples"].img_id == sample.img_id     # the same image, counted from the end
     assert "replaced" not in dataset[1]["data_samples"]
 
 

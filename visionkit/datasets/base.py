@@ -86,7 +86,7 @@ class Dataset(BaseDataset):
                 return self._replace(index, [str(error)])
 
     def _replace(self, index: int, messages: list[str]) -> Any:
-        seed = index.seed if isinstance(index, Draw) else int(index)
+        seed = index.seed if isinstance(index, Draw) else index % len(self)
         for attempt in range(1, MAX_REPLACEMENTS + 1):
             other = draw_seed(seed, attempt, 0) % len(self)
             try:
