@@ -76,6 +76,10 @@ class Dataset(BaseDataset):
                               + (f" that passes filter_cfg={self.filter_cfg}" if self.filter_cfg else ""))
         return super()._serialize_data()
 
+    def get_data_info(self, idx: int) -> dict[str, Any]:
+        """One record, without its image."""
+        return super().get_data_info(idx + len(self) if idx < 0 else idx)        # mmengine fails at -len
+
     def __getitem__(self, index: int) -> Any:
         with seeded(index.seed if isinstance(index, Draw) else None):
             try:
