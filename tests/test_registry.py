@@ -155,8 +155,10 @@ def test_membership_asks_without_raising():
 
 
 def test_an_error_while_importing_our_own_package_is_not_taken_for_a_missing_name(tmp_path, monkeypatch):
-    tmp_path.joinpath("vk_test_broken.py").write_text("raise RuntimeError('no such device')")
+    tmp_path.joinpath("vk_test_broken.py").write_text("import os\nif os.environ.pop('VK_TEST_BREAKS', ''):\n"
+                                                      "    raise RuntimeError('no such device')\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("VK_TEST_BREAKS", "once")
     with pytest.raises(RuntimeError, match="no such device"):
         Registry("part", packages=["vk_test_broken"]).get("Wheel")
 
@@ -289,6 +291,14 @@ def test_two_distributions_with_one_name_fail_at_look_up_and_name_both(plugins, 
     assert BACKBONES.get("OnlyFirst").__module__ == "vk_test_first"                # others are not disturbed
     with pytest.raises(ConfigError, match="the backbone 'Claimed' is claimed by two distributions, first-nets and second-nets; uninstall"):
         BACKBONES.get("Claimed")
+
+
+def test_force_settles_a_claim(plugins):
+    plugins("first-nets", "vk_test_first", component("Claimed"))
+    plugins("second-nets", "vk_test_second", component("Claimed"))
+    plugins("third-nets", "vk_test_third", component("Claimed").replace("module()", "module(force=True)"))
+    assert BACKBONES.get("Claimed").__module__ == "vk_test_third"
+    assert BACKBONES.distributions["Claimed"] == "third-nets"
 
 
 def test_a_plugin_that_claims_a_name_of_ours_fails_at_look_up_and_names_both(plugins):

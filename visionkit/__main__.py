@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -98,7 +99,6 @@ def _owner(module: str, packages: Mapping[str, list[str]]) -> str:
 def show_environment(*, as_json: bool) -> int:
     """Print versions, devices and plugins."""
     import importlib.metadata
-    import os
     import platform
 
     import torch
@@ -156,7 +156,9 @@ def _print_table(rows: list[dict[str, str]], columns: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
     except BrokenPipeError:                                  # `| head` has read enough
-        sys.stderr.close()
-        sys.exit(141)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())         # Python flushes once more at exit
+        status = 141
+    sys.exit(status)

@@ -156,12 +156,18 @@ class DetachedLoss(Sound):
         return {key: value.detach() for key, value in super().loss(images, samples).items()}
 
 
-class RefusesBfloat16(Sound):
-    def forward(self, images):
-        logits, boxes = super().forward(images)
-        if boxes.dtype == torch.bfloat16:
+class PredictsInFloat32Only(Sound):
+    def predict(self, images, samples):
+        if self(images)[0].dtype == torch.bfloat16:
             raise RuntimeError("not implemented for 'BFloat16'")
-        return logits, boxes
+        return super().predict(images, samples)
+
+
+class TrainsInFloat32Only(Sound):
+    def loss(self, images, samples):
+        if self(images)[0].dtype == torch.bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16'")
+        return super().loss(images, samples)
 
 
 class PlainTensor(Sound):
@@ -196,7 +202,8 @@ def test_a_sound_detector_passes_and_is_not_changed():
     (DetachedBoxes, "no gradient reaches 'regress.weight'"),
     (VectorLoss, "'each' must be a scalar"),
     (DetachedLoss, "has no gradient"),
-    (RefusesBfloat16, "bfloat16"),
+    (PredictsInFloat32Only, "predict fails under bfloat16 autocast"),
+    (TrainsInFloat32Only, "loss fails under bfloat16 autocast"),
     (PlainTensor, "'weights' as a plain tensor"),
 ], ids=lambda value: value.__name__ if isinstance(value, type) else "")
 def test_a_broken_promise_is_named(broken, message):
