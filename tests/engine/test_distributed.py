@@ -37,7 +37,7 @@ def test_two_ranks_at_batch_4_train_as_one_at_batch_8(toy, toy_file, toy_parts, 
         two = [float(line) for line in (tmp_path / f"losses.{rank}").read_text().splitlines()]
         assert two == pytest.approx(one, abs=1e-4)
         assert len(two) == 9
-    # and they stop together, two signals or one, and go on as one process
+    # and they stop together when one is asked to, and go on as one process
     stop = SAME_IMAGES.format(batch_size=4) + "custom_hooks = [dict(type='ToyRecorder', signal_at=4)]\n"
     done = torchrun(toy_file(stop), "--work-dir", tmp_path / "stopped")
     assert done.returncode == 0, done.stdout + done.stderr

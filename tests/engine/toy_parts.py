@@ -87,7 +87,7 @@ class ToyMetric(BaseMetric):
 
 @HOOKS.register_module(force=True)
 class ToyRecorder(Hook):
-    """Notes loss and learning rate, and at one iteration, or in a validation, sends this process a signal."""
+    """Notes loss and learning rate, and at one iteration, or in a validation, sends the first process a signal."""
     priority = "VERY_HIGH"
 
     def __init__(self, signal_at: int | None = None, signal_in_val: bool = False, slow: float = 0.0) -> None:
@@ -95,7 +95,7 @@ class ToyRecorder(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         RATES.append(runner.optim_wrapper.param_groups[0]["lr"])
-        if runner.iter == self.signal_at:
+        if runner.iter == self.signal_at and runner.rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):

@@ -87,9 +87,8 @@ class CheckpointHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if resuming or runner.cfg.get("load_from_strict", True):
             check_fit(model, checkpoint["state_dict"], str(runner._load_from), **({"share": 1.0} if resuming else {}))
-        if "message_hub" in checkpoint:
+        if resuming:
             checkpoint["message_hub"]["log_scalars"] = to_history(checkpoint["message_hub"]["log_scalars"])
-        if resuming and runner._train_loop is not None:
             metainfo = getattr(runner.train_dataloader.dataset, "metainfo", None)
             if to_plain(metainfo) == checkpoint["meta"].get("dataset_meta"):
                 checkpoint["meta"]["dataset_meta"] = metainfo  # mmengine compares pickles, which differ for equal values
