@@ -22,7 +22,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-from visionkit.engine.checkpoint import check_fit, sweep_partial_files, to_history, to_plain, write_atomically
+from visionkit.engine.checkpoint import ENOUGH, check_fit, sweep_partial_files, to_history, to_plain, write_atomically
 from visionkit.engine.loops import geometry
 from visionkit.engine.schedules import continue_schedule, group_settings
 from visionkit.registry import HOOKS, ConfigError, did_you_mean
@@ -86,7 +86,7 @@ class CheckpointHook(Hook):
         self.configured = group_settings(runner) if resuming else None
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if resuming or runner.cfg.get("load_from_strict", True):
-            check_fit(model, checkpoint["state_dict"], str(runner._load_from), **({"share": 1.0} if resuming else {}))
+            check_fit(model, checkpoint["state_dict"], str(runner._load_from), share=1.0 if resuming else ENOUGH)
         if resuming:
             checkpoint["message_hub"]["log_scalars"] = to_history(checkpoint["message_hub"]["log_scalars"])
             metainfo = getattr(runner.train_dataloader.dataset, "metainfo", None)
