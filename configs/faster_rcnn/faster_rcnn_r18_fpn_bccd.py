@@ -5,15 +5,21 @@ VISIONKIT_DATA=where/the/data/is python tools/train.py configs/faster_rcnn/faste
 _base_ = "../_base_/bccd_detection.py"
 model = dict(
     type="FasterRCNN",
+    data_preprocessor=dict(type="ImagePreprocessor", pad_divisor=16),      # 240 rows stay 240
     backbone=dict(type="ResNet", depth=18),
     neck=dict(type="FPN", out_channels=128, num_levels=5),
     rpn=dict(type="RPN", anchor_scales=(4,)),
-    roi=dict(type="RoIBoxHead", num_classes=3, hidden_channels=(512, 512)),
+    roi=dict(
+        type="RoIBoxHead",
+        num_classes=3,
+        hidden_channels=(512, 512),
+        sampler=dict(type="BalancedSampler", num=256, positive_fraction=0.25),
+    ),
 )
 train_cfg = dict(type="EpochLoop", max_epochs=20, val_interval=5)
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=4e-4, weight_decay=1e-4),
+    optimizer=dict(type="AdamW", lr=4e-4, weight_decay=1e-4, fused=True),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [

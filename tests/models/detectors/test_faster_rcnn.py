@@ -146,6 +146,26 @@ def test_proposals_are_the_best_boxes_of_their_own_image():
     assert all(len(boxes) <= 50 for boxes in together)
 
 
+def test_the_sampled_anchors_get_what_the_dense_pass_says_and_its_gradient():
+    torch.manual_seed(0)
+    rpn = HEADS.build({"type": "RPN", "in_channels": (6, 6), "strides": (4, 8), "anchor_ratios": (0.5, 1.0)}).double()
+    features = [torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True), torch.randn(2, 6, 2, 3, dtype=torch.float64,
+                                                                                               requires_grad=True)]
+    chosen = torch.tensor([0, 9, 17, 39, 40, 51, 52, 60, 92, 103])              # corners and insides of both images and levels
+    dense = rpn.forward.__wrapped__(rpn, features)                              # the dense pass with its gradient
+    for sparse, whole in zip(rpn._at(features, chosen), (torch.cat(dense.logits, 1), torch.cat(dense.deltas, 1)), strict=True):
+        expected = whole.flatten(0, 1)[chosen]
+        torch.testing.assert_close(sparse, expected)
+        weights = torch.randn_like(expected)
+        inputs = [*features, *rpn.parameters()]
+        for ours, theirs in zip(*(torch.autograd.grad((values * weights).sum(), inputs, allow_unused=True, retain_graph=True)
+                                  for values in (sparse, expected)),
+                                strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_heads_refuse_levels_of_different_width():
     with pytest.raises(ValueError, match="same channels on each, got"):
         HEADS.build({"type": "RPN", "in_channels": (8, 16), "strides": (4, 8)})

@@ -46,7 +46,7 @@ class FasterRCNN(Model):
 
     def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:
         features, objectness, proposals = self(images)
-        return {**self.rpn.loss(objectness, samples), **self.roi.loss(features, proposals, samples)}
+        return {**self.rpn.loss(features, objectness, samples), **self.roi.loss(features, proposals, samples)}
 
     def predict(self, images: ImageBatch, samples: list[Sample]) -> list[Sample]:
         features, _, proposals = self(images)
