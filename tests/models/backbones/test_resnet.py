@@ -53,6 +53,16 @@ def test_blocks_start_as_the_identity():
     assert not any(block.bn2.weight.any() for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4) for block in layer)
 
 
+def test_pretrained_weights_are_loaded_before_training(tmp_path):
+    donor = ResNet(18)
+    torch.save({**donor.state_dict(), "fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}, tmp_path / "resnet18.pth")
+    resnet = ResNet(18, pretrained=str(tmp_path / "resnet18.pth"))
+    resnet.init_weights()
+    assert torch.equal(resnet.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
+    with pytest.raises(ValueError, match="does not hold the weights of this ResNet"):
+        ResNet(50, pretrained=str(tmp_path / "resnet18.pth")).init_weights()
+
+
 @pytest.mark.parametrize("arguments, message", [
     ({"depth": 20}, "depths 18, 34, 50, 101; got 20"),
     ({"depth": 18, "norm": "LN"}, "norm must be one of BN, FrozenBN, GN; got 'LN'"),

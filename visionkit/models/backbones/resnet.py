@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from visionkit.registry import BACKBONES
@@ -97,6 +98,7 @@ class ResNet(nn.Module):
         norm: `BN`, `FrozenBN` (statistics and affine parameters as loaded, never trained) or `GN` (32 groups).
         strides: of stages 2 to 5.
         dilations: of the 3x3 convolutions of stages 2 to 5.
+        pretrained: a checkpoint that `init_weights` loads before training, a file or `torchvision://resnet50`; it must hold every weight.
         zero_init_residual: the last normalisation of each block starts at 0, so that each block starts as the identity
             (Goyal et al. 2017, arXiv:1706.02677, sec. 5.1); for training from scratch.
 
@@ -106,7 +108,8 @@ class ResNet(nn.Module):
     """
 
     def __init__(self, depth: int, out_stages: Sequence[int] = (2, 3, 4, 5), frozen_stages: int = 0, norm: str = "BN",
-                 strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1), zero_init_residual: bool = True) -> None:
+                 strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1), pretrained: str | None = None,
+                 zero_init_residual: bool = True) -> None:
         super().__init__()
         if depth not in _BLOCKS:
             raise ValueError(f"ResNet comes in depths {', '.join(map(str, _BLOCKS))}; got {depth}")
@@ -121,6 +124,7 @@ class ResNet(nn.Module):
         block = BasicBlock if depth < 50 else Bottleneck
         self.out_stages = tuple(out_stages)
         self.frozen_stages = frozen_stages
+        self.pretrained = pretrained
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = _NORMS[norm](64)
         self.relu = nn.ReLU(inplace=True)
@@ -153,6 +157,20 @@ class ResNet(nn.Module):
             if stage in self.out_stages:
                 features.append(x)
         return tuple(features)
+
+    def init_weights(self) -> None:
+        """Load `pretrained`; the runner calls this once before training.
+
+        Raises:
+            ValueError: the checkpoint is of another network.
+        """
+        if self.pretrained is None:
+            return
+        checkpoint = CheckpointLoader.load_checkpoint(self.pretrained, map_location="cpu")
+        try:
+            self.load_state_dict(checkpoint.get("state_dict", checkpoint))
+        except RuntimeError as error:
+            raise ValueError(f"{self.pretrained} does not hold the weights of this ResNet: {error}") from error
 
     def train(self, mode: bool = True) -> ResNet:
         super().train(mode)
