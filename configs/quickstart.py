@@ -55,12 +55,13 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric")
 test_evaluator = val_evaluator
+custom_hooks = [dict(type="PictureHook", first=16)]                      # predictions beside ground truth
 train_cfg = dict(type="EpochLoop", max_epochs=1, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=5e-4, weight_decay=1e-4),
+    optimizer=dict(type="AdamW", lr=5e-4, weight_decay=1e-4, fused=True),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [

