@@ -79,3 +79,15 @@ def test_sigterm_saves_exits_0_and_prints_a_command_that_goes_on(card, tmp_path,
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming from" in done.stdout
     assert (folder / "epoch_1.pth").exists() or "epoch_" in "".join(os.listdir(folder))
+
+
+def test_the_terminal_shows_the_run_and_the_log_file_its_environment(card, tmp_path):
+    done = call(card, "--work-dir", tmp_path / "run", "--cfg-options", "train_cfg.max_epochs=1", "train_dataloader.dataset.length=4",
+                "train_dataloader.num_workers=0")
+    assert done.returncode == 0, done.stderr
+    assert "seed 0" in done.stdout
+    assert "saved epoch_1.pth" in done.stdout
+    assert "System environment" not in done.stdout
+    (log,) = (tmp_path / "run").glob("*/*.log")
+    assert "System environment" in log.read_text()
+    assert "saved epoch_1.pth" in log.read_text()

@@ -1,9 +1,12 @@
 """Train and test a config: from settings to mmengine's Runner."""
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
 import os
+import sys
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -147,7 +150,18 @@ def _checkpoint_of(cfg: Config, resume: bool | str) -> tuple[str | None, bool, i
 
 
 def _build_runner(cfg: Config) -> Runner:
-    runner = Runner.from_cfg(cfg)
+    """The Runner, without the 200 lines that it prints at its start: environment, config and hooks are in the log file."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):               # its log handler takes the stream that it finds, so give it back below
+            runner = Runner.from_cfg(cfg)
+    except BaseException:
+        print(said.getvalue(), end="")
+        raise
+    for handler in runner.logger.handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is said:
+            handler.setStream(sys.stdout)
+    print("".join(line for line in said.getvalue().splitlines(keepends=True) if " - WARNING - " in line or " - ERROR - " in line), end="")
     runner.logger.addFilter(_is_news)
     return runner
 
