@@ -5,8 +5,8 @@ python tools/train.py configs/quickstart.py
 _base_ = "_base_/runtime.py"
 model = dict(
     type="FasterRCNN",
-    backbone=dict(type="ResNet", depth=18),
-    neck=dict(type="FPN", out_channels=64, num_levels=4),
+    backbone=dict(type="ResNet", depth=18, out_stages=(2, 3, 4)),
+    neck=dict(type="FPN", out_channels=64),
     rpn=dict(type="RPN", anchor_scales=(4,), pre_nms=(500, 300), post_nms=(300, 100)),
     roi=dict(
         type="RoIBoxHead",
@@ -23,9 +23,9 @@ train_dataloader = dict(
     sampler=dict(type="DrawSampler"),
     dataset=dict(
         type="ShapesDataset",
-        num_images=4000,
+        num_images=7200,
         seed=0,
-        size=(160, 160),
+        size=(128, 128),
         pipeline=[
             dict(type="LoadImageFromFile"),
             dict(type="LoadAnnotations"),
@@ -43,7 +43,7 @@ val_dataloader = dict(
         type="ShapesDataset",
         num_images=200,
         seed=1,                        # other scenes than those trained on
-        size=(160, 160),
+        size=(128, 128),
         test_mode=True,
         pipeline=[
             dict(type="LoadImageFromFile"),
@@ -61,7 +61,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=5e-4, weight_decay=1e-4, fused=True),
+    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=1e-4, fused=True),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [
