@@ -175,9 +175,9 @@ _roi_align.register_autograd(_backward, setup_context=_save_for_backward)
 def _transposed_bag(reads: Tensor, weights: Tensor, cells: Tensor, count: int) -> Tensor:
     """[count, C]: what each row of a table gets back from the bags [n, K] that read it, `cells` [n, C] being the bags' gradients."""
     by_row = reads.flatten().argsort(stable=True)
-    offsets = F.pad(torch.bincount(reads.flatten(), minlength=count).cumsum(0), (1, 0))[:-1]
-    bag = by_row.div(reads.shape[1], rounding_mode="floor")
-    return F.embedding_bag(bag, cells, offsets, mode="sum", per_sample_weights=weights.flatten()[by_row])
+    offsets = F.pad(torch.bincount(reads.flatten(), minlength=count).cumsum(0, dtype=reads.dtype), (1, 0))[:-1]
+    bag = by_row.to(reads.dtype).div_(reads.shape[1], rounding_mode="floor")
+    return F.embedding_bag(bag, cells, offsets, mode="sum", per_sample_weights=weights.flatten().index_select(0, by_row))
 
 
 def _reads(rois: Tensor, levels: Tensor, batch: int, sizes: Sequence[tuple[int, int]], rows: int, columns: int,
@@ -193,6 +193,8 @@ def _reads(rois: Tensor, levels: Tensor, batch: int, sizes: Sequence[tuple[int, 
     scale = torch.tensor(spatial_scales, device=rois.device, dtype=rois.dtype)[levels]
     level_starts = torch.tensor([0] + [batch * h * w for h, w in sizes], device=rois.device).cumsum(0)
     map_start = level_starts[levels] + rois[:, 0].long() * height * width                             # of each RoI's image, in the table
+    index_type = torch.int32 if level_starts[-1] < 2**31 else torch.int64                             # half the bytes to compute and sort
+    height, width, map_start = (value.to(index_type) for value in (height, width, map_start))
     left, top, right, bottom = (rois[:, 1:] * scale[:, None] - (0.5 if aligned else 0.0)).unbind(1)
     box_width, box_height = right - left, bottom - top
     if not aligned:                                                         # the first RoIAlign forces RoIs to at least one pixel
@@ -234,7 +236,7 @@ def _axis_reads(start: Tensor, length: Tensor, cells: int, samples: int, size: T
     where = where.clamp(min=0).minimum(size[:, None] - 1)                   # the outermost pixel reaches one pixel further out
     low = where.floor()
     high_weight = where - low
-    low = low.long()
+    low = low.to(size.dtype)
     pixels = torch.stack([low, (low + 1).minimum(size[:, None] - 1)], -1)
     weights = torch.stack([1 - high_weight, high_weight], -1) * inside[..., None]
     return pixels.view(len(start), cells, -1), weights.view(len(start), cells, -1)
