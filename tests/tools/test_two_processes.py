@@ -17,6 +17,7 @@ model = dict(
 )
 train_dataloader = dict(batch_size={batch_size}, num_workers=0, persistent_workers=False, dataset=dict(num_images=24, size=(64, 64)))
 val_dataloader = dict(batch_size={batch_size}, num_workers=0, dataset=dict(num_images=13, size=(64, 64)))
+test_dataloader = dict(batch_size={batch_size}, num_workers=0, dataset=dict(num_images=13, size=(64, 64)))
 optim_wrapper = dict(optimizer=dict(_delete_=True, type="SGD", lr=0.01, momentum=0.9))
 default_hooks = dict(logger=dict(interval=1))
 custom_hooks = []

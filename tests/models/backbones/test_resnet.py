@@ -18,6 +18,13 @@ def test_channels_and_strides_follow_the_stages_asked_for():
     assert [feature.shape[1:] for feature in resnet(torch.zeros(1, 3, 64, 96))] == [(512, 8, 12), (2048, 2, 3)]
 
 
+def test_stages_beyond_the_last_one_returned_are_not_built_and_not_missed():
+    short = ResNet(18, out_stages=(2, 3))
+    check_backbone(short)
+    assert not hasattr(short, "layer3")
+    short.load_state_dict({**ResNet(18).state_dict(), "fc.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}, strict=True)
+
+
 def test_dilated_last_stage_keeps_stride_16_with_dilation_in_its_three_3x3_convolutions():
     resnet = ResNet(50, out_stages=(4, 5), strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))
     assert resnet.strides == (16, 16)

@@ -93,7 +93,7 @@ class ResNet(nn.Module):
 
     Args:
         depth: 18, 34, 50 or 101.
-        out_stages: the stages whose output is returned, of 2 to 5, ascending.
+        out_stages: the stages whose output is returned, of 2 to 5, ascending; those beyond the last are not built.
         frozen_stages: stages 1 to this one are not trained and keep their normalisation statistics; 0: all are trained.
         norm: `BN`, `FrozenBN` (statistics and affine parameters as loaded, never trained) or `GN` (32 groups).
         strides: of stages 2 to 5.
@@ -130,7 +130,8 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         channels, stride, out_channels, out_strides = 64, 4, [], []
-        for stage, (blocks, stage_stride, dilation) in enumerate(zip(_BLOCKS[depth], strides, dilations, strict=True), start=2):
+        stages = zip(range(2, self.out_stages[-1] + 1), _BLOCKS[depth], strides, dilations, strict=False)     # no further than needed
+        for stage, blocks, stage_stride, dilation in stages:
             width = 64 * 2 ** (stage - 2)
             layers = []
             for index in range(blocks):
@@ -146,7 +147,7 @@ class ResNet(nn.Module):
         self._initialise(zero_init_residual)
         for module in self._frozen():
             module.requires_grad_(False)
-        self.register_load_state_dict_pre_hook(_drop_classifier)
+        self.register_load_state_dict_pre_hook(_drop_what_is_not_built)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] to one [B, C_i, H / s_i, W / s_i] for each of `out_stages`; sizes are rounded up."""
@@ -180,7 +181,7 @@ class ResNet(nn.Module):
 
     def _frozen(self) -> list[nn.Module]:
         stem = [self.conv1, self.bn1] if self.frozen_stages >= 1 else []
-        return stem + [getattr(self, f"layer{stage - 1}") for stage in range(2, self.frozen_stages + 1)]
+        return stem + [getattr(self, f"layer{stage - 1}") for stage in range(2, min(self.frozen_stages, self.out_stages[-1]) + 1)]
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():
@@ -190,7 +191,8 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.last_norm.weight)
 
 
-def _drop_classifier(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """A classification checkpoint loads strictly: its last layer is not part of a backbone."""
-    for name in ("fc.weight", "fc.bias"):
-        state_dict.pop(prefix + name, None)
+def _drop_what_is_not_built(module: ResNet, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """A classification checkpoint loads strictly: its last layer, and stages beyond the last one returned, are not part of a backbone."""
+    beyond = tuple(f"{prefix}layer{stage - 1}." for stage in range(module.out_stages[-1] + 1, 6))
+    for key in [key for key in state_dict if key.startswith((f"{prefix}fc.", *beyond))]:
+        del state_dict[key]
