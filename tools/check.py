@@ -24,16 +24,16 @@ def main() -> int:
     from visionkit.engine import load_config
     from visionkit.registry import ConfigError
     try:
-        check(load_config(arguments.config, arguments.cfg_options), arguments)
+        return check(load_config(arguments.config, arguments.cfg_options), arguments)
     except ConfigError as error:
         if arguments.traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def check(cfg, arguments: argparse.Namespace) -> None:
+def check(cfg, arguments: argparse.Namespace) -> int:
+    """Print what is found; 1 if there are files that training or testing would stumble over."""
     from pathlib import Path
 
     from visionkit.datasets.detection import DetectionDataset
@@ -51,6 +51,7 @@ def check(cfg, arguments: argparse.Namespace) -> None:
     print(f"pre-flight passed in {time.perf_counter() - start:.1f} s: every component, file and class of the config fits")
 
     reported: list[dict] = []
+    broken = 0
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if not cfg.get(key) or cfg[key]["dataset"] in reported:
             continue
@@ -58,16 +59,24 @@ def check(cfg, arguments: argparse.Namespace) -> None:
         dataset, sampler = build_data(cfg[key], key)
         for path, leaf in leaves(dataset, (key, "dataset")):
             print(f"\n{dotted(path)}: {type(leaf).__name__} {getattr(leaf, 'ann_file', '')}")
-            print(report(leaf, decode=not arguments.no_decode) if isinstance(leaf, DetectionDataset) else f"{len(leaf)} samples")
+            if not isinstance(leaf, DetectionDataset):
+                print(f"{len(leaf)} samples")
+                continue
+            found = report(leaf, decode=not arguments.no_decode)
+            broken += len(found.unreadable_files) + len(found.missing_files)
+            print(found)
         if key == "train_dataloader":
             folder = Path(arguments.out or Path("work_dirs") / Path(cfg.filename).stem / "check")
             draws = [draw for draw, _ in zip(sampler, range(arguments.samples), strict=False)]
             sheet = save_image(training_sheet(dataset, draws), folder / "training_samples.png")
             print(f"{len(draws)} augmented samples with their boxes: {sheet}")
-            if arguments.seconds > 0:
+            if arguments.seconds > 0 and not broken:
                 workers, batch = cfg[key].get("num_workers", 0), cfg[key].get("batch_size", 1)
                 speed = images_per_second(dataset, batch, workers, arguments.seconds)
                 print(f"loading and augmenting: {speed:.0f} images/s with {workers} workers")
+    if broken:
+        print(f"\n{broken} files cannot be read; mend them, take them out of the annotation file, or set on_error=\"skip\"")
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

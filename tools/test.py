@@ -23,6 +23,7 @@ def main() -> int:
     arguments = parse_arguments()                            # before the imports: --help must answer at once
     from visionkit.engine import load_config, test
     from visionkit.registry import ConfigError
+    from visionkit.transforms import BrokenImageError
     try:
         cfg = load_config(arguments.config, arguments.cfg_options)
         if arguments.out:
@@ -35,6 +36,13 @@ def main() -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenImageError as error:
+        if arguments.traceback:
+            raise
+        message = str(error).strip().splitlines()[-1].rpartition("BrokenImageError: ")[2]      # from a worker it comes with its traceback
+        print(f"error: {message}\ntools/check.py lists all such files; on_error=\"skip\" in a training data set passes over them",
+              file=sys.stderr)
+        return 1
     return 0
 
 

@@ -9,6 +9,7 @@ default_hooks = dict(
     throughput=dict(type="ThroughputHook"),
     replaced_images=dict(type="ReplacedImagesHook"),
     progress=dict(type="ProgressHook"),
+    divergence=dict(type="DivergenceHook"),
     stop=dict(type="StopHook"),
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3),
 )

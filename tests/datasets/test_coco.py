@@ -64,6 +64,16 @@ def test_a_class_that_the_file_lacks_is_an_error_with_its_categories(write_coco)
         coco(write_coco(), metainfo=dict(classes=("cat", "dgo")))
 
 
+def test_a_box_that_is_not_a_number_is_an_error_with_its_annotation(write_coco):
+    folder = write_coco()
+    file = folder / "train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] = float("nan")
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"annotation 1 of .*train.json has a `bbox` that is not finite"):
+        coco(folder)
+
+
 def test_a_class_named_twice_is_an_error(write_coco):
     with pytest.raises(ConfigError, match="metainfo.classes: a class stands twice in cat, cat"):
         coco(write_coco(), metainfo=dict(classes=("cat", "cat")))

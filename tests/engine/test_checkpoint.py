@@ -288,3 +288,12 @@ def test_resuming_another_model_is_an_error(toy):
     toy("run")
     with pytest.raises(CheckpointError, match="A run is resumed with the model it was started with"):
         toy("run", "+model.width=5", resume=True)
+
+
+def test_a_truncated_safetensors_file_is_named(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"weight": torch.zeros(100)}, tmp_path / "whole.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((tmp_path / "whole.safetensors").read_bytes()[:40])
+    with pytest.raises(CheckpointError, match="cut.safetensors cannot be read, it may be cut short"):
+        read_checkpoint(cut)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from visionkit.engine import Stopped
+from visionkit.engine import Diverged, Stopped
 from visionkit.engine.checkpoint import read_checkpoint
 from visionkit.engine.hooks import CheckpointHook, StopHook, resume_command
 from visionkit.registry import ConfigError
@@ -230,3 +230,17 @@ def test_the_end_says_where_things_are_and_the_config_is_with_them(toy, tmp_path
     assert re.search(rf"done\n  checkpoints: {tmp_path}/run\n  logs: {runner.log_dir}", log_of(runner))
     assert "seed 0" in log_of(runner)
     assert load_config(tmp_path / "run" / "toy.py").train_cfg.max_epochs == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- divergence
+
+@pytest.mark.parametrize("interval", [1, 1000], ids=["at once", "before the checkpoint"])
+def test_a_run_that_diverges_ends_before_it_is_saved(toy, tmp_path, interval):
+    more = f"""
+optim_wrapper = dict(optimizer=dict(lr=1e30))
+param_scheduler = []
+default_hooks = dict(divergence=dict(interval={interval}))
+"""
+    with pytest.raises(Diverged, match="no longer finite .*loss.* --resume and a lower learning rate"):
+        toy("run", more=more)
+    assert not names(tmp_path / "run")

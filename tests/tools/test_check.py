@@ -21,7 +21,8 @@ def test_by_default_the_sheet_goes_into_the_work_folder_of_the_config(project, t
 def test_what_is_wrong_with_the_data_is_reported(project, tool, capsys):
     (project / "images" / "2.png").write_bytes(b"broken")
     (project / "images" / "1.png").write_bytes((project / "images" / "0.png").read_bytes())
-    assert tool("check", "config.py", "--seconds", "0", "--samples", "1") == 0
+    assert tool("check", "config.py", "--seconds", "0", "--samples", "4") == 1
+    assert (project / "work_dirs" / "config" / "check" / "training_samples.png").is_file()
     printed = capsys.readouterr().out
     assert "1 unreadable files:" in printed
     assert "2.png (image id 3" in printed

@@ -91,3 +91,24 @@ def test_the_terminal_shows_the_run_and_the_log_file_its_environment(card, tmp_p
     (log,) = (tmp_path / "run").glob("*/*.log")
     assert "System environment" in log.read_text()
     assert "saved epoch_1.pth" in log.read_text()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_message_and_where_to_go_on(tmp_path, workers):
+    from visionkit.datasets import ShapesDataset
+    ShapesDataset(num_images=4, size=(64, 64)).export(tmp_path / "shapes")
+    pictures = sorted((tmp_path / "shapes" / "images").iterdir())
+    for picture in pictures[1:]:
+        picture.write_bytes(picture.read_bytes()[:300])
+    card = tmp_path / "card.py"
+    loader = f"""
+train_dataloader = dict(batch_size=2, num_workers={workers}, persistent_workers=False, dataset=dict(_delete_=True, type="CocoDataset",
+    data_root={str(tmp_path / "shapes")!r}, ann_file="annotations.json", data_prefix=dict(img="images"),
+    pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSample")]), sampler=dict(shuffle=False))
+"""
+    card.write_text(f"_base_ = {str(ROOT / 'configs' / 'quickstart.py')!r}\n{loader}")
+    done = call(card, "--work-dir", tmp_path / "run")
+    assert done.returncode == 1, done.stderr
+    assert "error: cannot read the image" in done.stderr
+    assert "tools/check.py lists all such files" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -144,3 +144,14 @@ def test_a_mask_of_another_image_is_refused():
 def test_asking_for_masks_that_are_not_there_is_an_error():
     with pytest.raises(ValueError, match="annotation 1 of a.jpg has none; set with_mask=False"):
         LoadAnnotations(with_mask=True)({"instances": [instance()], "ori_shape": (4, 6), "img_path": "a.jpg"})
+
+
+def test_a_picture_of_another_size_than_its_annotations_say_is_told_once(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encode(".png"))
+    told = []
+    monkeypatch.setattr("visionkit.transforms.loading.print_log", lambda message, *_: told.append(message))
+    load = LoadImageFromFile()
+    for _ in range(2):
+        load({"img_path": str(tmp_path / "a.png"), "img_id": 7, "height": 80, "width": 120, "instances": []})
+    (message,) = told
+    assert "a.png (image id 7, no annotations) is 60x40 pixels, its annotations say 120x80" in message

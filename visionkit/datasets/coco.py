@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -83,6 +84,9 @@ class CocoDataset(DetectionDataset):
         if "bbox" not in annotation:
             raise ConfigError(f"annotation {annotation.get('id')} of {self.ann_file} has no `bbox`", ("ann_file",))
         x, y, width, height = map(float, annotation["bbox"])
+        if not all(map(math.isfinite, (x, y, width, height))):
+            raise ConfigError(f"annotation {annotation.get('id')} of {self.ann_file} has a `bbox` that is not finite: {annotation['bbox']}",
+                              ("ann_file",))
         instance = {"bbox": [x, y, x + width, y + height], "bbox_label": label, "ignore_flag": int(annotation.get("iscrowd", 0)),
                     "area": annotation.get("area", width * height), "id": annotation.get("id")}
         if segmentation:

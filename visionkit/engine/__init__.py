@@ -1,7 +1,7 @@
 """Running a config: read it, check it, train, test."""
 from visionkit.engine import loops, optim, pictures  # noqa: F401  (they register themselves)
 from visionkit.engine.config import load_config
-from visionkit.engine.hooks import Stopped, resume_command
+from visionkit.engine.hooks import Diverged, Stopped, resume_command
 from visionkit.engine.launch import test, train
 
-__all__ = ["Stopped", "load_config", "resume_command", "test", "train"]
+__all__ = ["Diverged", "Stopped", "load_config", "resume_command", "test", "train"]

@@ -145,7 +145,10 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", mmap: bo
         raise CheckpointError(f"no checkpoint {str(path)!r}.{did_you_mean(name, files)}")
     if str(path).endswith(".safetensors"):
         from safetensors.torch import load_file  # a format without code by design
-        return {"state_dict": load_file(path, device=str(map_location or "cpu"))}
+        try:
+            return {"state_dict": load_file(path, device=str(map_location or "cpu"))}
+        except Exception as error:                           # SafetensorError, OSError, ...
+            raise CheckpointError(f"{path} cannot be read, it may be cut short: {type(error).__name__}: {error}") from error
     if not verify_seal(path):
         print_log(f"{path} carries no checksum, so it is loaded unverified", logger="current")
     try:

@@ -184,6 +184,40 @@ class IterationSeedHook(Hook):
         random.seed(seed)
 
 
+class Diverged(RuntimeError):
+    """The loss of a run is no longer a finite number."""
+
+
+@HOOKS.register_module()
+class DivergenceHook(Hook):
+    """End a run whose loss is no longer finite, before it writes that over good checkpoints.
+
+    Args:
+        interval: iterations from one look at the loss to the next; a look waits for the GPU. Before a checkpoint there is always one.
+    """
+
+    priority = "ABOVE_NORMAL"
+
+    def __init__(self, interval: int = 10) -> None:
+        self.interval = interval
+        self.outputs: Mapping[str, Any] = {}
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.outputs = outputs or {}
+        if self.every_n_inner_iters(batch_idx, self.interval):
+            self._look(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self._look(runner)
+
+    def _look(self, runner: Runner) -> None:
+        wrong = [name for name, value in self.outputs.items() if not math.isfinite(value)]
+        if wrong:
+            raise Diverged(f"the loss is no longer finite ({', '.join(wrong)}) at iteration {runner.iter}, and nothing was saved since. "
+                           f"Go on from the newest checkpoint with --resume and a lower learning rate or stronger clipping "
+                           f"(optim_wrapper.clip_grad)")
+
+
 class Stopped(Exception):
     """Training was asked to stop, and did after saving.
 

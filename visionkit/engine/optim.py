@@ -28,5 +28,7 @@ class AutocastOptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        with super().optim_context(model), torch.autocast(get_device(), torch.bfloat16):
+        # Without autocast's cache: in older releases of torch a cast made under no_grad, as in RPN.forward, has no gradient when it is
+        # used again (pytorch/pytorch#65766).
+        with super().optim_context(model), torch.autocast(get_device(), torch.bfloat16, cache_enabled=False):
             yield

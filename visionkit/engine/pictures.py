@@ -17,7 +17,7 @@ from torch import Tensor
 
 from visionkit.registry import HOOKS
 from visionkit.structures import Sample
-from visionkit.transforms.loading import decode_image
+from visionkit.transforms.loading import BrokenImageError, decode_image
 from visionkit.visualization import contact_sheet, draw_instances, save_image, side_by_side
 
 
@@ -92,7 +92,7 @@ def draw_sample(image: np.ndarray, sample: Sample, classes: Sequence[str], score
 
 
 def training_sheet(dataset: Any, draws: Iterable[int], columns: int = 4) -> np.ndarray:
-    """A contact sheet of samples as the model gets them, augmented, with their boxes drawn.
+    """A contact sheet of samples as the model gets them, augmented, with their boxes drawn; images that cannot be read are left out.
 
     Args:
         dataset: gives what `PackSample` makes.
@@ -102,7 +102,10 @@ def training_sheet(dataset: Any, draws: Iterable[int], columns: int = 4) -> np.n
     classes = dataset.metainfo.get("classes", ())
     pictures, captions = [], []
     for draw in draws:
-        item = dataset[draw]
+        try:
+            item = dataset[draw]
+        except BrokenImageError:
+            continue
         sample = item["data_samples"]
         image = np.ascontiguousarray(item["inputs"].permute(1, 2, 0).float().clamp(0, 255).byte().numpy())
         parts = [getattr(sample, key) for key in ("gt_instances", "ignored_instances") if key in sample]

@@ -83,8 +83,9 @@ class Model(BaseModel):
         """The total to back-propagate, and the values to log: their mean over all ranks, so that a log does not depend on the
         number of processes."""
         total, log = super().parse_losses(losses)
+        log = {name: value.detach() for name, value in log.items()}
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            values = torch.stack([value.detach().float() for value in log.values()])
+            values = torch.stack([value.float() for value in log.values()])
             dist.all_reduce(values)
             log = dict(zip(log, values / dist.get_world_size(), strict=True))
         return total, log

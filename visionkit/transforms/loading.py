@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import struct
+from logging import WARNING
 from typing import Any
 
 import cv2
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine import fileio
+from mmengine.logging import print_log
 from pycocotools import mask as coco_mask
 
 from visionkit.registry import TRANSFORMS
@@ -88,6 +90,7 @@ class LoadImageFromFile(BaseTransform):
 
     def __init__(self, backend_args: dict[str, Any] | None = None) -> None:
         self.backend_args = backend_args
+        self.told = False                                    # of a picture that is not of the size its annotations say
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         if results.get("img") is None:
@@ -98,10 +101,15 @@ class LoadImageFromFile(BaseTransform):
     def read(self, results: dict[str, Any]) -> np.ndarray:
         size = (results["height"], results["width"]) if results.get("height") and results.get("width") else None
         try:
-            return decode_image(fileio.get(results["img_path"], backend_args=self.backend_args), size=size)
+            image = decode_image(fileio.get(results["img_path"], backend_args=self.backend_args), size=size)
         except (OSError, ValueError) as error:
             reason = "the file does not exist" if isinstance(error, FileNotFoundError) else str(error)
             raise BrokenImageError(f"cannot read the image {results['img_path']} ({name_record(results)}): {reason}") from error
+        if size and image.shape[:2] != size and not self.told:
+            self.told = True                                 # once a process: if it is one, it is likely to be many
+            print_log(f"{results['img_path']} ({name_record(results)}) is {image.shape[1]}x{image.shape[0]} pixels, its annotations say "
+                      f"{size[1]}x{size[0]}: its boxes may be on another scale; tools/check.py lists all such files", "current", WARNING)
+        return image
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(backend_args={self.backend_args})"

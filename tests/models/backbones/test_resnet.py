@@ -70,6 +70,13 @@ def test_pretrained_weights_are_loaded_before_training(tmp_path):
         ResNet(50, pretrained=str(tmp_path / "resnet18.pth")).init_weights()
 
 
+def test_blocks_that_are_never_trained_do_not_start_as_the_identity():
+    assert ResNet(18, norm="FrozenBN").layer4[1].bn2.weight.all()
+    frozen = ResNet(18, frozen_stages=2)
+    assert frozen.layer1[1].bn2.weight.all()
+    assert not frozen.layer2[1].bn2.weight.any()
+
+
 @pytest.mark.parametrize("arguments, message", [
     ({"depth": 20}, "depths 18, 34, 50, 101; got 20"),
     ({"depth": 18, "norm": "LN"}, "norm must be one of BN, FrozenBN, GN; got 'LN'"),

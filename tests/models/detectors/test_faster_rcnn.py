@@ -77,8 +77,9 @@ def test_predictions_are_in_original_pixels_within_the_image_and_sorted():
 
 def test_it_learns_two_images_by_heart():
     torch.manual_seed(0)
-    model = MODELS.build(config(backbone={"type": "ResNet", "depth": 18, "norm": "GN", "out_stages": (2, 3, 4)},
-                                neck={"type": "FPN", "out_channels": 32}))
+    model = MODELS.build(config(
+        backbone={"type": "ResNet", "depth": 18, "norm": "GN", "out_stages": (2, 3, 4), "zero_init_residual": False},
+        neck={"type": "FPN", "out_channels": 32}, roi=config()["roi"] | {"hidden_channels": (128,)}))
     picture = torch.zeros(2, 3, 64, 96)
     truth = [sample(((8.0, 8, 40, 40),), (0,)), sample(((60.0, 20, 90, 60),), (2,))]
     for image, target in zip(picture, truth, strict=True):
@@ -86,8 +87,8 @@ def test_it_learns_two_images_by_heart():
         image[target.gt_instances.labels[0], y1:y2, x1:x2] = 3.0
     batch = ImageBatch(picture, [(64, 96)] * 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for iteration in range(80):
-        optimizer.param_groups[0]["lr"] = 1e-3 if iteration < 60 else 1e-4
+    for iteration in range(100):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - iteration / 100)
         loss = sum(model(batch, truth, mode="loss").values())
         optimizer.zero_grad()
         loss.backward()

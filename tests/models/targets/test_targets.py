@@ -55,6 +55,12 @@ def test_an_object_that_no_box_reaches_keeps_its_best_ones():
     assert IoUMatcher(0.7, 0.3, rescue_from=0.6)(boxes, objects, NONE).tolist() == [IGNORED, IGNORED, NEGATIVE]
 
 
+def test_of_two_objects_that_a_box_overlaps_most_the_last_takes_it():
+    objects = torch.tensor([[0.0, 0, 10, 9.5], [0, 0, 10, 7.5]])
+    boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])
+    assert IoUMatcher(0.7, 0.3, rescue_from=0.3)(boxes, objects, NONE).tolist() == [1, NEGATIVE]
+
+
 def test_background_within_a_crowd_is_left_out():
     crowd = torch.tensor([[0.0, 0, 100, 100]])
     boxes = torch.tensor([[10.0, 10, 20, 20], [95, 0, 115, 10], [200, 200, 210, 210]])

@@ -184,10 +184,12 @@ class ResNet(nn.Module):
         return stem + [getattr(self, f"layer{stage - 1}") for stage in range(2, min(self.frozen_stages, self.out_stages[-1]) + 1)]
 
     def _initialise(self, zero_init_residual: bool) -> None:
+        frozen = {block for stage in self._frozen() for block in stage.modules()}
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
+            elif isinstance(module, BasicBlock | Bottleneck) and zero_init_residual and module not in frozen \
+                    and not isinstance(module.last_norm, FrozenBatchNorm2d):                 # a zero that is not trained would stay
                 nn.init.zeros_(module.last_norm.weight)
 
 

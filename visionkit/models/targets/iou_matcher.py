@@ -20,7 +20,7 @@ class IoUMatcher(nn.Module):
     Args:
         positive: from this IoU on, a box is an example of the object it overlaps most.
         negative: below this IoU it is background; what lies between the two is ignored.
-        rescue_from: objects that no box reaches by `positive` take the boxes that overlap them most, if by at least this IoU; None: not.
+        rescue_from: every object takes the boxes that overlap it most, if by at least this IoU, even from another object; None: not.
         crowd_share: background boxes with more than this share of their area in one crowd region are ignored.
     """
 
@@ -46,8 +46,9 @@ class IoUMatcher(nn.Module):
             matched = torch.where(best >= self.positive, matched, torch.where(best < self.negative, NEGATIVE, IGNORED))
             if self.rescue_from is not None and len(boxes):
                 reach = iou.max(1, keepdim=True).values                     # what each object gets at best
-                row, column = ((iou == reach) & (reach >= self.rescue_from)).nonzero(as_tuple=True)
-                matched[column] = row                                       # rows ascend: of several objects the last one takes the box
+                rescued = (iou == reach) & (reach >= self.rescue_from)
+                taker = torch.where(rescued, torch.arange(len(objects), device=boxes.device)[:, None], -1).amax(0)
+                matched = torch.where(taker >= 0, taker, matched)           # of several objects the last takes the box
         else:
             matched = boxes.new_full((len(boxes),), NEGATIVE, dtype=torch.int64)
         if len(crowds):
