@@ -62,7 +62,7 @@ class ShapesDataset(DetectionDataset):
                  test_mode: bool = False, lazy_init: bool = False) -> None:
         if num_images < 1 or seed < 0:
             raise ValueError(f"num_images must be 1 or more and seed 0 or more, got {num_images=}, {seed=}")
-        if len(size) != 2 or min(size) < 32:
+        if np.size(size) != 2 or min(size) < 32:
             raise ValueError(f"size must be (width, height), each 32 or more, got {size}")
         if len(num_objects) != 2 or not 0 <= num_objects[0] <= num_objects[1]:
             raise ValueError(f"num_objects must be (fewest, most), got {num_objects}")

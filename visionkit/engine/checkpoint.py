@@ -179,10 +179,12 @@ def load_from_file(filename: str, map_location: Any = None) -> dict[str, Any]:
 def load_from_url(filename: str, map_location: Any = None) -> dict[str, Any]:
     """`read_checkpoint` of a file downloaded once into torch's cache."""
     cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(filename).path))
-    if not os.path.isfile(cached) and get_rank() == 0:
-        os.makedirs(os.path.dirname(cached), exist_ok=True)
-        torch.hub.download_url_to_file(filename, cached)     # by way of a temporary file
-    barrier()
+    try:
+        if not os.path.isfile(cached) and get_rank() == 0:
+            os.makedirs(os.path.dirname(cached), exist_ok=True)
+            torch.hub.download_url_to_file(filename, cached)     # by way of a temporary file
+    finally:
+        barrier()                                            # also after an error: the others must not wait for ever
     return read_checkpoint(cached, map_location)
 
 

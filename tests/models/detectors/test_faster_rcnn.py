@@ -167,6 +167,21 @@ def test_the_sampled_anchors_get_what_the_dense_pass_says_and_its_gradient():
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_the_padding_of_a_smaller_image_is_not_background():
+    torch.manual_seed(0)
+    model = MODELS.build(config())
+    seen = []
+    model.rpn.sampler.register_forward_hook(lambda _, arguments, drawn: seen.append(drawn[1]))
+    batch = ImageBatch(torch.zeros(2, 3, 64, 96), [(64, 96), (32, 48)])
+    model(batch, [sample((), ()), sample((), (), size=(32, 48))], mode="loss")
+    anchors = torch.cat(model(batch).objectness.anchors)
+    x, y = ((anchors[:, :2] + anchors[:, 2:]) / 2)[seen[1]].unbind(1)
+    assert len(x) > 100
+    assert x.max() < 48
+    assert y.max() < 32
+    assert ((anchors[:, :2] + anchors[:, 2:]) / 2)[seen[0], 0].max() >= 48                  # the larger image is used as a whole
+
+
 def test_heads_refuse_levels_of_different_width():
     with pytest.raises(ValueError, match="same channels on each, got"):
         HEADS.build({"type": "RPN", "in_channels": (8, 16), "strides": (4, 8)})

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkit.models.losses import mean_over_ranks
-from visionkit.models.targets import AnchorGrid, BalancedSampler, BoxCoder, IoUMatcher
+from visionkit.models.targets import IGNORED, NEGATIVE, AnchorGrid, BalancedSampler, BoxCoder, IoUMatcher
 from visionkit.ops import batched_nms, clip_boxes
 from visionkit.registry import HEADS, TARGETS
 from visionkit.structures import Sample
@@ -86,6 +86,7 @@ class RPN(nn.Module):
         for index, sample in enumerate(samples):
             objects = sample.gt_instances.bboxes
             matched = self.matcher(anchors, objects, sample.ignored_instances.bboxes)
+            matched[(matched == NEGATIVE) & self._on_padding(anchors, *sample.img_shape)] = IGNORED
             positives, negatives = self.sampler(matched)
             targets.append(self.coder.encode(anchors[positives], objects[matched[positives]]))
             positive.append(torch.arange(len(positives) + len(negatives), device=anchors.device) < len(positives))
@@ -97,6 +98,12 @@ class RPN(nn.Module):
             "loss_rpn_class": F.binary_cross_entropy_with_logits(logits, positive.to(logits), reduction="sum") / normaliser,
             "loss_rpn_box": F.l1_loss(deltas[positive], targets, reduction="sum") / normaliser,
         }
+
+    @staticmethod
+    def _on_padding(anchors: Tensor, height: int, width: int) -> Tensor:
+        """[N] bool: the anchor's centre lies beyond the image, where a batch of images of different sizes is padded."""
+        x, y = ((anchors[:, :2] + anchors[:, 2:]) / 2).unbind(1)
+        return (x >= width) | (y >= height)
 
     def _at(self, features: Sequence[Tensor], chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [S] and boxes [S, 4] of the anchors `chosen` [S] of a batch, counted image by image, level by level, as `forward` does."""
