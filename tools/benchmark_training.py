@@ -20,20 +20,20 @@ def main() -> int:
 
     from visionkit.engine import load_config
     from visionkit.engine.benchmark import measure_training
-    from visionkit.registry import ConfigError
+    from visionkit.engine.command_line import run_command
     orders = ("channels last", "channels first") if arguments.compare_memory_order else ("as configured",)
-    try:
+
+    def command() -> int:
         speed = measure_training(load_config(arguments.config, arguments.cfg_options), arguments.iterations, orders)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of {arguments.iterations} iterations")
-    for order, seconds in speed.seconds_per_iteration.items():
-        print(f"{seconds:8.3f} s an iteration, {order}")
-    times = speed.loader_images_per_s / speed.images_per_s
-    print(f"{speed.images_per_s:8.1f} images/s trained")
-    print(f"{speed.loader_images_per_s:8.1f} images/s from the data path alone, {times:.0f} times as many")
-    return 0
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of {arguments.iterations} iterations")
+        for order, seconds in speed.seconds_per_iteration.items():
+            print(f"{seconds:8.3f} s an iteration, {order}")
+        times = speed.loader_images_per_s / speed.images_per_s
+        print(f"{speed.images_per_s:8.1f} images/s trained")
+        print(f"{speed.loader_images_per_s:8.1f} images/s from the data path alone, {times:.0f} times as many")
+        return 0
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

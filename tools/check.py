@@ -22,14 +22,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()                            # before the imports: --help must answer at once
     from visionkit.engine import load_config
-    from visionkit.registry import ConfigError
-    try:
-        return check(load_config(arguments.config, arguments.cfg_options), arguments)
-    except ConfigError as error:
-        if arguments.traceback:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    from visionkit.engine.command_line import run_command
+    return run_command(lambda: check(load_config(arguments.config, arguments.cfg_options), arguments), arguments.traceback)
 
 
 def check(cfg, arguments: argparse.Namespace) -> int:

@@ -23,22 +23,20 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()                            # before the imports: --help must answer at once
     from visionkit.engine import load_config
+    from visionkit.engine.command_line import run_command
     from visionkit.engine.inference import Detector, detect_files, find_inputs
-    from visionkit.registry import ConfigError
-    try:
+
+    def command() -> int:
         find_inputs(arguments.inputs)                        # before the model is built
         detector = Detector(load_config(arguments.config, arguments.cfg_options), arguments.checkpoint, arguments.device,
                             arguments.score_threshold, arguments.batch_size)
         done = detect_files(detector, arguments.inputs, arguments.out_dir)
-    except ConfigError as error:
-        if arguments.traceback:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{done.objects} objects in {done.images} images: {done.json_file}, and pictures beside it")
-    for line in done.unreadable:
-        print(f"left out: {line}", file=sys.stderr)
-    return 1 if done.unreadable else 0
+        print(f"{done.objects} objects in {done.images} images: {done.json_file}, and pictures beside it")
+        for line in done.unreadable:
+            print(f"left out: {line}", file=sys.stderr)
+        return 1 if done.unreadable else 0
+
+    return run_command(command, arguments.traceback)
 
 
 if __name__ == "__main__":

@@ -22,28 +22,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()                            # before the imports: --help must answer at once
     from visionkit.engine import load_config, test
-    from visionkit.registry import ConfigError
-    from visionkit.transforms import BrokenImageError
-    try:
+    from visionkit.engine.command_line import run_command
+
+    def command() -> int:
         cfg = load_config(arguments.config, arguments.cfg_options)
         if arguments.out:
             write_detections(cfg, arguments.out)
         if arguments.show_dir:
             cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": "PictureHook", "first": -1, "folder": arguments.show_dir}]
         test(cfg, arguments.checkpoint, launcher=arguments.launcher, work_dir=arguments.work_dir)
-    except ConfigError as error:
-        if arguments.traceback:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenImageError as error:
-        if arguments.traceback:
-            raise
-        message = str(error).strip().splitlines()[-1].rpartition("BrokenImageError: ")[2]      # from a worker it comes with its traceback
-        print(f"error: {message}\ntools/check.py lists all such files; on_error=\"skip\" in a training data set passes over them",
-              file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return run_command(command, arguments.traceback)
 
 
 def write_detections(cfg, path: str) -> None:

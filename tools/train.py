@@ -22,40 +22,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()                            # before the imports: --help must answer at once
-    from visionkit.engine import Diverged, Stopped, load_config, resume_command, train
-    from visionkit.engine.distributed import end_processes, is_first_process
-    from visionkit.registry import ConfigError
-    from visionkit.transforms import BrokenImageError
+    from visionkit.engine import load_config, train
+    from visionkit.engine.command_line import run_command
     seed = [] if arguments.seed is None else [f"+randomness.seed={arguments.seed}"]
-    try:
+
+    def command() -> int:
         train(load_config(arguments.config, [*arguments.cfg_options, *seed]), resume=arguments.resume or False, amp=arguments.amp,
               launcher=arguments.launcher, work_dir=arguments.work_dir)
-    except ConfigError as error:
-        if arguments.traceback:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenImageError as error:
-        if arguments.traceback:
-            raise
-        message = str(error).strip().splitlines()[-1].rpartition("BrokenImageError: ")[2]      # from a worker it comes with its traceback
-        print(f"error: {message}\ntools/check.py lists all such files; on_error=\"skip\" in a training data set passes over them",
-              file=sys.stderr)
-        return 1
-    except Diverged as error:
-        if is_first_process():
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Stopped as stopped:
-        if is_first_process():
-            print(f"{stopped}\nTo go on: {resume_command()}", flush=True)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("\nstopped at once, without saving", file=sys.stderr)
-        return 130
-    finally:
-        end_processes()
-    return 0
+        return 0
+
+    return run_command(command, arguments.traceback)
 
 
 if __name__ == "__main__":
