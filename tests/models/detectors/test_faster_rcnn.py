@@ -182,6 +182,27 @@ def test_the_padding_of_a_smaller_image_is_not_background():
     assert ((anchors[:, :2] + anchors[:, 2:]) / 2)[seen[0], 0].max() >= 48                  # the larger image is used as a whole
 
 
+def box_head_loss(proposals: list[torch.Tensor], label: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The loss of a box head on one object of the class `label`, and the gradient of its last layer's bias, [classes, 4]."""
+    torch.manual_seed(0)
+    head = HEADS.build({"type": "RoIBoxHead", "num_classes": 3, "in_channels": (8,), "strides": (4,), "hidden_channels": (16,)})
+    losses = head.loss([torch.randn(1, 8, 16, 24)], proposals, [sample(((8.0, 8, 40, 40),), (label,))])
+    losses["loss_box"].backward()
+    return losses, head.regress.bias.grad.view(3, 4)
+
+
+def test_the_objects_themselves_are_examples_even_without_a_proposal():
+    losses, gradient = box_head_loss([NO_BOXES], 1)
+    assert losses["loss_class"].item() > 0
+    assert gradient.any()
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_only_the_box_of_the_true_class_learns(label):
+    _, gradient = box_head_loss([torch.tensor([[10.0, 8, 40, 40]])], label)
+    assert gradient.any(1).tolist() == [index == label for index in range(3)]
+
+
 def test_heads_refuse_levels_of_different_width():
     with pytest.raises(ValueError, match="same channels on each, got"):
         HEADS.build({"type": "RPN", "in_channels": (8, 16), "strides": (4, 8)})
