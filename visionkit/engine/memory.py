@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed for the next allocation instead of handing it back to the system.
 
     A training step on a CPU allocates and frees the same hundreds of megabytes again and again. By default glibc maps each large block
-    anew, and the system clears it page by page: 135,000 page faults a step of Faster R-CNN R18 at 320x240, a tenth of its time.
+    anew, and the system clears it page by page.
 
     Returns:
         whether it was done: only on Linux with glibc.
