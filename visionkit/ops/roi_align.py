@@ -1,8 +1,7 @@
 """RoIAlign (He et al. 2017, Mask R-CNN, arXiv:1703.06870, sec. 3), as one fused weighted gather.
 
-Every output cell is a weighted sum of a few rows of the feature maps seen as one table [pixels, C]. `F.embedding_bag` is that sum,
-threaded and vectorised, inside stock PyTorch. The gradient of the table is the same sum transposed: sort the reads by row, bag again. No
-atomics, so it is deterministic. A pyramid is one table too: all its levels are pooled in one call.
+Every output cell is a weighted gather over the feature maps (`weighted_gather.py`). A pyramid is one table too: all its levels are pooled in
+one call.
 """
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionkit.ops.weighted_gather import as_table, gather, gather_transposed
 from visionkit.registry import OPS
 
 # R RoIs, P x Q output cells, S samples a cell along one axis, C channels
@@ -116,14 +116,13 @@ def _roi_align(inputs: Sequence[Tensor], rois: Tensor, levels: Tensor, rows: int
     batch, channels, dtype = *inputs[0].shape[:2], inputs[0].dtype
     if rois.device.type == "cpu" and len(rois) and not (rois[:, 0].min() >= 0 and rois[:, 0].max() < batch):     # on CUDA it would wait
         raise ValueError(f"boxes name images {int(rois[:, 0].min())} to {int(rois[:, 0].max())} of a batch of {batch}")
-    working = torch.promote_types(dtype, torch.float32)                     # bfloat16 and float16 accumulate in float32
-    tables = [input.permute(0, 2, 3, 1).reshape(-1, channels).to(working) for input in inputs]
+    tables = [as_table(input) for input in inputs]
     table = tables[0] if len(tables) == 1 else torch.cat(tables)
     sizes = [(input.shape[2], input.shape[3]) for input in inputs]
     output = table.new_empty(len(rois), rows * columns, channels)
-    for chosen, reads, weights in _reads(rois.to(working), levels, len(inputs[0]), sizes, rows, columns, spatial_scales, sampling_ratio,
+    for chosen, reads, weights in _reads(rois.to(table.dtype), levels, len(inputs[0]), sizes, rows, columns, spatial_scales, sampling_ratio,
                                          aligned):
-        output[chosen] = F.embedding_bag(reads, table, mode="sum", per_sample_weights=weights).view(-1, rows * columns, channels)
+        output[chosen] = gather(table, reads, weights).view(-1, rows * columns, channels)
     return output.to(dtype).view(len(rois), rows, columns, channels).permute(0, 3, 1, 2)     # channels-last, as the next layer likes it
 
 
@@ -142,7 +141,7 @@ def _roi_align_backward(grad: Tensor, rois: Tensor, levels: Tensor, batch: int, 
     cells = grad.permute(0, 2, 3, 1).reshape(len(rois), rows * columns, channels).to(working)
     total = None
     for chosen, reads, weights in _reads(rois.to(working), levels, batch, sizes, rows, columns, spatial_scales, sampling_ratio, aligned):
-        part = _transposed_bag(reads, weights, cells[chosen].reshape(-1, channels), sum(pixels))
+        part = gather_transposed(cells[chosen].reshape(-1, channels), reads, weights, sum(pixels))
         total = part if total is None else total.add_(part)
     if total is None:
         total = cells.new_zeros(sum(pixels), channels)
@@ -170,14 +169,6 @@ def _backward(ctx, grad: Tensor) -> tuple:
 
 
 _roi_align.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def _transposed_bag(reads: Tensor, weights: Tensor, cells: Tensor, count: int) -> Tensor:
-    """[count, C]: what each row of a table gets back from the bags [n, K] that read it, `cells` [n, C] being the bags' gradients."""
-    by_row = reads.flatten().argsort(stable=True)
-    offsets = F.pad(torch.bincount(reads.flatten(), minlength=count).cumsum(0, dtype=reads.dtype), (1, 0))[:-1]
-    bag = by_row.to(reads.dtype).div_(reads.shape[1], rounding_mode="floor")
-    return F.embedding_bag(bag, cells, offsets, mode="sum", per_sample_weights=weights.flatten().index_select(0, by_row))
 
 
 def _reads(rois: Tensor, levels: Tensor, batch: int, sizes: Sequence[tuple[int, int]], rows: int, columns: int,
