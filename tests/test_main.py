@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import visionkit
+import visionkit.ops
 from visionkit import registry as registry_module
 from visionkit.__main__ import main
 from visionkit.registry import BACKBONES, Plugin, registries
@@ -84,6 +85,50 @@ def test_failed_left_out_and_contested_are_told(no_plugins, capsys, monkeypatch)
     listing = json.loads(capsys.readouterr().out)
     assert listing["contested"] == [{"kind": "backbone", "name": "BigNet", "distributions": ["first-nets", "second-nets"]}]
     assert [plugin["name"] for plugin in listing["plugins"]] == ["bad", "idle"]
+
+
+def test_ops_says_which_tier_serves_each_op_and_why(capsys, monkeypatch):
+    monkeypatch.delenv("VISIONKIT_OPS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main(["ops", "--json"]) == 0
+    listing = json.loads(capsys.readouterr().out)
+    assert [listing["VISIONKIT_OPS"], listing["gpus"]] == [None, []]
+    rows = {row["op"]: row for row in listing["ops"]}
+    assert {name for name in visionkit.ops.__all__ if name.islower()} == set(rows)
+    assert {(row["device"], row["tier"]) for row in rows.values()} == {("cpu", "portable")}
+    assert rows["roi_align"]["reason"] == rows["pyramid_roi_align"]["reason"] != rows["nms"]["reason"]
+
+    monkeypatch.setenv("VISIONKIT_OPS", "portable")
+    assert main(["ops"]) == 0
+    shown = capsys.readouterr().out
+    assert "VISIONKIT_OPS  portable" in shown
+    assert "GPU            none" in shown
+    assert "roi_align cpu portable VISIONKIT_OPS=portable" in [" ".join(line.split()) for line in shown.splitlines()]
+
+
+def test_ops_lists_the_gpu_beside_the_cpu(capsys, monkeypatch):
+    monkeypatch.delenv("VISIONKIT_OPS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "Big GPU")
+    monkeypatch.setattr("visionkit.ops.tiers._triton_installed", lambda: True)
+    monkeypatch.setattr("visionkit.ops.tiers._capability", lambda device: (9, 0))
+    assert main(["ops", "--json"]) == 0
+    listing = json.loads(capsys.readouterr().out)
+    assert listing["gpus"] == ["Big GPU"]
+    tiers = {(row["op"], row["device"]): row["tier"] for row in listing["ops"]}
+    assert [tiers["roi_align", "cpu"], tiers["roi_align", "cuda"], tiers["nms", "cuda"]] == ["portable", "triton", "portable"]
+    assert main(["ops"]) == 0
+    assert "GPU            Big GPU" in capsys.readouterr().out
+
+
+def test_ops_refuses_a_tier_that_does_not_exist(capsys, monkeypatch):
+    monkeypatch.setenv("VISIONKIT_OPS", "fast")
+    with pytest.raises(SystemExit) as end:
+        main(["ops"])
+    assert end.value.code == 2
+    assert "VISIONKIT_OPS must be 'auto' or 'portable', got 'fast'" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_no_traceback():

@@ -37,6 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment.add_argument("--json", action="store_true", help="print JSON")
     environment.set_defaults(run=lambda options: show_environment(as_json=options.json))
 
+    ops = commands.add_parser("ops", help="which implementation serves each op here, and why",
+                              description="Say for each op which tier serves it on each device of this machine, and why: portable (stock "
+                                          "PyTorch) or triton (kernels for GPUs). VISIONKIT_OPS=portable forces the first.")
+    ops.add_argument("--json", action="store_true", help="print JSON")
+    ops.set_defaults(run=lambda options: list_ops(as_json=options.json))
+
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -70,7 +76,7 @@ def list_plugins(kind: str | None, distribution: str | None, *, as_json: bool) -
     if as_json:
         print(json.dumps({"components": rows, "plugins": [vars(plugin) for plugin in plugins], "contested": contested}, indent=2))
         return 1 if failed or contested else 0
-    _print_table(rows, ["kind", "name", "module", "distribution"])
+    print_table(rows, ["kind", "name", "module", "distribution"])
     for plugin in plugins:
         if plugin.left_out:
             print(f"\nplugin {plugin.name!r} of {plugin.distribution} is not loaded: VISIONKIT_PLUGINS leaves it out")
@@ -138,7 +144,37 @@ def show_environment(*, as_json: bool) -> int:
     return 0
 
 
-def _print_table(rows: list[dict[str, str]], columns: list[str]) -> None:
+def list_ops(*, as_json: bool) -> int:
+    """Print the tier that serves each op for float32 tensors on each device, and what that depends on."""
+    import importlib.metadata
+
+    import torch
+
+    import visionkit.ops
+    from visionkit.ops.tiers import tier
+
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    functions = [name for name in visionkit.ops.__all__ if name.islower()]                # the modules call them
+    rows = []
+    for device in devices:
+        for name in functions:
+            chosen = tier(name, torch.device(device))
+            rows.append({"op": name, "device": device, "tier": chosen.name, "reason": chosen.reason})
+    distributions = importlib.metadata.packages_distributions().get("triton", [])         # triton, or a build of it under another name
+    triton = ", ".join(importlib.metadata.version(name) for name in sorted(set(distributions))) or None
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+    if as_json:
+        print(json.dumps({"VISIONKIT_OPS": os.environ.get("VISIONKIT_OPS"), "triton": triton, "gpus": gpus, "ops": rows}, indent=2))
+        return 0
+    print(f"VISIONKIT_OPS  {os.environ.get('VISIONKIT_OPS') or 'not set'}")
+    print(f"triton         {triton or 'not installed'}")
+    print(f"GPU            {', '.join(gpus) or 'none'}\n")
+    print_table(rows, ["op", "device", "tier", "reason"])
+    return 0
+
+
+def print_table(rows: list[dict[str, str]], columns: list[str]) -> None:
     """A table on a terminal; aligned plain columns, for grep, into a pipe or file."""
     if sys.stdout.isatty():
         from rich.console import Console

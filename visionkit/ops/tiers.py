@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TRITON_OPS = ("deform_conv2d", "deform_roi_pool", "ms_deform_attn", "ps_roi_align", "ps_roi_pool", "roi_align")    # modules in visionkit.ops.triton
+TRITON_OPS = ("deform_conv2d", "deform_roi_pool", "ms_deform_attn", "ps_roi_align", "ps_roi_pool", "roi_align")    # each a module there
+_SHARED_KERNELS = {"pyramid_roi_align": "roi_align", "deform_ps_roi_pool": "deform_roi_pool"}
 _MIN_CAPABILITY = (7, 0)                                                     # what Triton compiles for
 
 
@@ -36,7 +37,7 @@ def tier(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> T
         raise ValueError(f"VISIONKIT_OPS must be 'auto' or 'portable', got {wanted!r}")
     if wanted == "portable":
         return Tier("portable", "VISIONKIT_OPS=portable")
-    if op not in TRITON_OPS:
+    if _SHARED_KERNELS.get(op, op) not in TRITON_OPS:
         return Tier("portable", "needs no kernel of its own")
     if device.type != "cuda":
         return Tier("portable", f"the tensors are on {device.type}; Triton kernels are for CUDA")
