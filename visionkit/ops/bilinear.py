@@ -6,7 +6,8 @@ instead of one of all their corners: each corner of a cell collects its share in
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,20 @@ def corner_weights(upper_y: Tensor, upper_x: Tensor, scale: Tensor | None = None
     return top - top_right, top_right, bottom - bottom_right, bottom_right
 
 
-def scatter_corners(cells: Tensor, weights: tuple[Tensor, ...], steps: tuple[int, ...], grads: Tensor, total: Tensor) -> None:
+def moves(low: Tensor, upper: Tensor) -> Tensor:
+    """Whether a sample changes as it moves along the axis, given its cell and weight: not where it was drawn back from further out."""
+    return (upper < 1) & ((low > 0) | (upper > 0))
+
+
+def sample_and_slopes(corners: Tensor, upper_y: Tensor, upper_x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples and their derivatives along y and x, from the values [..., 4] at the corners of their cells."""
+    top_left, top_right, bottom_left, bottom_right = corners.unbind(-1)
+    top, bottom = torch.lerp(top_left, top_right, upper_x), torch.lerp(bottom_left, bottom_right, upper_x)
+    slope_x = torch.lerp(top_right - top_left, bottom_right - bottom_left, upper_y)
+    return torch.lerp(top, bottom, upper_y), bottom - top, slope_x
+
+
+def scatter_corners(cells: Tensor, weights: Sequence[Tensor], steps: Sequence[int], grads: Tensor, total: Tensor) -> None:
     """Add to `total` [T, C], the gradient of a table, what the samples give back to the corners of their cells.
 
     Args:
@@ -74,7 +88,8 @@ def scatter_corners(cells: Tensor, weights: tuple[Tensor, ...], steps: tuple[int
 def bands(batch: int, rows: int, row_bytes: int, budget: int) -> Iterator[tuple[slice, slice]]:
     """Cut `batch` x `rows` of output into pieces of whole images, or of rows of one image, that each cost at most `budget` bytes."""
     images = max(1, min(batch, budget // max(rows * row_bytes, 1)))
-    step = rows if images > 1 else max(1, min(rows, budget // max(row_bytes, 1)))
+    pieces = math.ceil(rows * row_bytes / budget) if images == 1 else 1
+    step = max(math.ceil(rows / max(pieces, 1)), 1)                         # pieces of one size: a narrow last one costs as much as a wide one
     for image in range(0, batch, images):
-        for row in range(0, rows, max(step, 1)):
+        for row in range(0, rows, step):
             yield slice(image, min(image + images, batch)), slice(row, min(row + step, rows))
