@@ -5,13 +5,15 @@ one call.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionkit.ops.weighted_gather import as_table, gather, gather_transposed
+from visionkit.ops.rois import as_rois, grid_size, sound_rois
+from visionkit.ops.tiers import kernels
+from visionkit.ops.weighted_gather import as_table, gather, gather_transposed, index_dtype
 from visionkit.registry import OPS
 
 # R RoIs, P x Q output cells, S samples a cell along one axis, C channels
@@ -30,10 +32,11 @@ def roi_align(input: Tensor, boxes: Tensor | list[Tensor], output_size: int | tu
         aligned: pixel centres at half-integers (shifts by -0.5, and boxes may be smaller than one feature pixel).
 
     Returns:
-        [R, C, P, Q] in the dtype of `input`; samples over one pixel outside the map count as 0.
+        [R, C, P, Q] in the dtype of `input` and channels-last memory, which convolutions read as it is: flatten it with `.flatten(1)`, `.view`
+        cannot. Samples over one pixel outside the map count as 0; boxes that are not finite give NaN.
 
     Raises:
-        ValueError: wrong shapes, devices, sampling ratio or output size.
+        ValueError: wrong shapes, devices, sampling ratio, output size or image indices.
     """
     return pyramid_roi_align([input], boxes, None, output_size, [spatial_scale], sampling_ratio, aligned)
 
@@ -57,37 +60,23 @@ def pyramid_roi_align(inputs: Sequence[Tensor], boxes: Tensor | list[Tensor], le
     Raises:
         ValueError: as `roi_align`, and levels that do not fit together.
     """
-    for input in inputs:
-        if input.ndim != 4:
-            raise ValueError(f"roi_align needs an input [B, C, H, W], got {list(input.shape)}")
-        if (input.shape[:2], input.dtype, input.device) != (inputs[0].shape[:2], inputs[0].dtype, inputs[0].device):
-            raise ValueError(f"pyramid levels must agree in batch, channels, dtype and device; got {list(inputs[0].shape)} of "
-                             f"{inputs[0].dtype} on {inputs[0].device} and {list(input.shape)} of {input.dtype} on {input.device}")
     if len(inputs) != len(spatial_scales) or not inputs:
         raise ValueError(f"pyramid_roi_align needs one spatial scale a level, got {len(spatial_scales)} for {len(inputs)} levels")
-    rois = boxes if isinstance(boxes, Tensor) else boxes_to_rois(boxes)
-    if rois.ndim != 2 or rois.shape[1] != 5:
-        raise ValueError(f"roi_align needs boxes [R, 5] as (image index, x1, y1, x2, y2) or a list of [R_i, 4], got {list(rois.shape)}")
-    if rois.device != inputs[0].device:
-        raise ValueError(f"input is on {inputs[0].device}, boxes on {rois.device}; move one")
+    rois = as_rois("roi_align", inputs[0], boxes)
+    for input in inputs:
+        if input.ndim != 4 or (input.shape[:2], input.dtype, input.device) != (inputs[0].shape[:2], inputs[0].dtype, inputs[0].device):
+            raise ValueError(f"pyramid levels must agree in batch, channels, dtype and device; got {list(inputs[0].shape)} of "
+                             f"{inputs[0].dtype} on {inputs[0].device} and {list(input.shape)} of {input.dtype} on {input.device}")
     if levels is None:
         levels = torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
-    if levels.shape != rois.shape[:1]:
-        raise ValueError(f"pyramid_roi_align needs one level a box, got levels {list(levels.shape)} for boxes {list(rois.shape)}")
-    rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
-    if rows < 1 or columns < 1:
-        raise ValueError(f"output_size must be positive, got {(rows, columns)}")
+    if levels.shape != rois.shape[:1] or levels.is_floating_point():
+        raise ValueError(f"pyramid_roi_align needs one level a box, integers: {list(rois.shape[:1])}, got {list(levels.shape)} of {levels.dtype}")
+    if levels.device != rois.device:
+        raise ValueError(f"boxes are on {rois.device}, levels on {levels.device}; move one")
+    rows, columns = grid_size(output_size)
     if sampling_ratio == 0 or sampling_ratio < -1:
         raise ValueError(f"sampling_ratio must be positive, or -1 to follow the size of the RoI; got {sampling_ratio}")
     return torch.ops.visionkit.roi_align(list(inputs), rois, levels, rows, columns, list(spatial_scales), sampling_ratio, aligned)
-
-
-def boxes_to_rois(boxes: list[Tensor]) -> Tensor:
-    """[R, 5] RoIs (image index, x1, y1, x2, y2) of the boxes [R_i, 4] of each image."""
-    for index, value in enumerate(boxes):
-        if value.ndim != 2 or value.shape[1] != 4:
-            raise ValueError(f"the boxes of image {index} must be [R, 4], got {list(value.shape)}")
-    return torch.cat([F.pad(value, (1, 0), value=index) for index, value in enumerate(boxes)])
 
 
 @OPS.register_module()
@@ -113,17 +102,21 @@ class RoIAlign(nn.Module):
 @torch.library.custom_op("visionkit::roi_align", mutates_args=())
 def _roi_align(inputs: Sequence[Tensor], rois: Tensor, levels: Tensor, rows: int, columns: int, spatial_scales: Sequence[float],
                sampling_ratio: int, aligned: bool) -> Tensor:
-    batch, channels, dtype = *inputs[0].shape[:2], inputs[0].dtype
-    if rois.device.type == "cpu" and len(rois) and not (rois[:, 0].min() >= 0 and rois[:, 0].max() < batch):     # on CUDA it would wait
-        raise ValueError(f"boxes name images {int(rois[:, 0].min())} to {int(rois[:, 0].max())} of a batch of {batch}")
+    if triton := kernels("roi_align", inputs[0]):
+        return triton.forward(inputs, rois, levels, rows, columns, spatial_scales, sampling_ratio, aligned)
+    batch, channels = inputs[0].shape[:2]
     tables = [as_table(input) for input in inputs]
     table = tables[0] if len(tables) == 1 else torch.cat(tables)
     sizes = [(input.shape[2], input.shape[3]) for input in inputs]
-    output = table.new_empty(len(rois), rows * columns, channels)
-    for chosen, reads, weights in _reads(rois.to(table.dtype), levels, len(inputs[0]), sizes, rows, columns, spatial_scales, sampling_ratio,
-                                         aligned):
-        output[chosen] = gather(table, reads, weights).view(-1, rows * columns, channels)
-    return output.to(dtype).view(len(rois), rows, columns, channels).permute(0, 3, 1, 2)     # channels-last, as the next layer likes it
+    rois = sound_rois(rois.to(table.dtype), batch)
+    cells = table.new_empty(0 if sampling_ratio > 0 else len(rois), rows * columns, channels)
+    for chosen, reads, weights in _reads(rois, levels, batch, sizes, rows, columns, spatial_scales, sampling_ratio, aligned):
+        pooled = gather(table, reads, weights).view(-1, rows * columns, channels)
+        if chosen is None:
+            cells = pooled
+        else:
+            cells[chosen] = pooled
+    return cells.to(inputs[0].dtype).view(len(rois), rows, columns, channels).permute(0, 3, 1, 2)
 
 
 @_roi_align.register_fake
@@ -134,20 +127,24 @@ def _(inputs, rois, levels, rows, columns, spatial_scales, sampling_ratio, align
 @torch.library.custom_op("visionkit::roi_align_backward", mutates_args=())
 def _roi_align_backward(grad: Tensor, rois: Tensor, levels: Tensor, batch: int, sizes: Sequence[int], spatial_scales: Sequence[float],
                         sampling_ratio: int, aligned: bool) -> list[Tensor]:
-    _, channels, rows, columns = grad.shape
+    if triton := kernels("roi_align", grad):
+        return triton.backward(grad, rois, levels, batch, sizes, spatial_scales, sampling_ratio, aligned)
+    channels, rows, columns = grad.shape[1:]
     sizes = list(zip(sizes[::2], sizes[1::2], strict=True))
     pixels = [batch * height * width for height, width in sizes]
-    working = torch.promote_types(grad.dtype, torch.float32)
-    cells = grad.permute(0, 2, 3, 1).reshape(len(rois), rows * columns, channels).to(working)
+    cells = as_table(grad)                                                  # [R * P * Q, C]
+    rois = sound_rois(rois.to(cells.dtype), batch)
     total = None
-    for chosen, reads, weights in _reads(rois.to(working), levels, batch, sizes, rows, columns, spatial_scales, sampling_ratio, aligned):
-        part = gather_transposed(cells[chosen].reshape(-1, channels), reads, weights, sum(pixels))
+    for chosen, reads, weights in _reads(rois, levels, batch, sizes, rows, columns, spatial_scales, sampling_ratio, aligned):
+        grads = cells if chosen is None else cells.view(-1, rows * columns * channels).index_select(0, chosen).view(-1, channels)
+        part = gather_transposed(grads, reads, weights, sum(pixels))
         total = part if total is None else total.add_(part)
-    if total is None:
+    if total is None:                                                       # no boxes
         total = cells.new_zeros(sum(pixels), channels)
     parts = total.to(grad.dtype).split(pixels)
     # each a tensor of its own: an operator may not return two views of one
-    return [part.clone().view(batch, *size, channels).permute(0, 3, 1, 2) for part, size in zip(parts, sizes, strict=True)]
+    parts = parts if len(parts) == 1 else [part.clone() for part in parts]
+    return [part.view(batch, *size, channels).permute(0, 3, 1, 2) for part, size in zip(parts, sizes, strict=True)]
 
 
 @_roi_align_backward.register_fake
@@ -172,41 +169,38 @@ _roi_align.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _reads(rois: Tensor, levels: Tensor, batch: int, sizes: Sequence[tuple[int, int]], rows: int, columns: int,
-           spatial_scales: Sequence[float], sampling_ratio: int, aligned: bool) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
+           spatial_scales: Sequence[float], sampling_ratio: int, aligned: bool) -> Iterator[tuple[Tensor | None, Tensor, Tensor]]:
     """What the output cells read, for groups of RoIs that take equally many samples a cell.
 
     Yields:
-        chosen: indices of the RoIs of the group, [n], or a slice of all.
+        chosen: [n] indices of the RoIs of the group, ascending, or None for all.
         reads: [n * P * Q, K] rows of the table, the four corners of each sample.
         weights: [n * P * Q, K] bilinear weights over the number of samples; 0 for what lies outside the map.
     """
-    height, width = torch.tensor(sizes, device=rois.device)[levels].unbind(1)
-    scale = torch.tensor(spatial_scales, device=rois.device, dtype=rois.dtype)[levels]
-    level_starts = torch.tensor([0] + [batch * h * w for h, w in sizes], device=rois.device).cumsum(0)
-    map_start = level_starts[levels] + rois[:, 0].long() * height * width                             # of each RoI's image, in the table
-    index_type = torch.int32 if level_starts[-1] < 2**31 else torch.int64                             # half the bytes to compute and sort
-    height, width, map_start = (value.to(index_type) for value in (height, width, map_start))
+    starts = [0, *itertools.accumulate(batch * height * width for height, width in sizes)]       # of each level in the table
+    geometry = torch.tensor([(*size, start) for size, start in zip(sizes, starts, strict=False)], device=rois.device)
+    height, width, start = geometry.to(index_dtype(starts[-1])).index_select(0, levels).unbind(1)
+    scale = torch.tensor(spatial_scales, device=rois.device, dtype=rois.dtype).index_select(0, levels)
+    start = start + rois[:, 0].to(start.dtype) * height * width             # of each RoI's map
     left, top, right, bottom = (rois[:, 1:] * scale[:, None] - (0.5 if aligned else 0.0)).unbind(1)
     box_width, box_height = right - left, bottom - top
     if not aligned:                                                         # the first RoIAlign forces RoIs to at least one pixel
         box_width, box_height = box_width.clamp(min=1), box_height.clamp(min=1)
     if sampling_ratio > 0:
-        groups = [(slice(None), sampling_ratio, sampling_ratio)] if len(rois) else []
+        groups = [(None, sampling_ratio, sampling_ratio)]
     else:
-        grids = torch.stack([(box_height / rows).ceil(), (box_width / columns).ceil()], 1).long()
+        grids = torch.stack([box_height / rows, box_width / columns], 1).ceil().nan_to_num(0).long()
         grids, member = torch.unique(grids, dim=0, return_inverse=True)
         groups = [((member == index).nonzero()[:, 0], *grid) for index, grid in enumerate(grids.tolist())]
     for chosen, samples_y, samples_x in groups:
         empty = samples_y < 1 or samples_x < 1                              # a RoI without samples: its cells are 0
         samples_y, samples_x = max(samples_y, 1), max(samples_x, 1)
-        y, weight_y = _axis_reads(top[chosen], box_height[chosen], rows, samples_y, height[chosen])   # [n, P, 2S]
-        x, weight_x = _axis_reads(left[chosen], box_width[chosen], columns, samples_x, width[chosen])
-        y = y * width[chosen, None, None] + map_start[chosen, None, None]
+        n = slice(None) if chosen is None else chosen
+        y, weight_y = _axis_reads(top[n], box_height[n], rows, samples_y, height[n])             # [n, P, 2S]
+        x, weight_x = _axis_reads(left[n], box_width[n], columns, samples_x, width[n])           # [n, Q, 2S]
+        y = y * width[n, None, None] + start[n, None, None]
         weight_y = weight_y * (0.0 if empty else 1 / (samples_y * samples_x))
-        cells = len(y) * rows * columns
-        reads = y[:, :, None, :, None] + x[:, None, :, None, :]             # [n, P, Q, 2S, 2S]
-        weights = weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]
-        yield chosen, reads.view(cells, -1), weights.view(cells, -1)
+        yield chosen, _outer(torch.add, y, x), _outer(torch.mul, weight_y, weight_x)
 
 
 def _axis_reads(start: Tensor, length: Tensor, cells: int, samples: int, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,11 +217,19 @@ def _axis_reads(start: Tensor, length: Tensor, cells: int, samples: int, size: T
     """
     steps = (torch.arange(cells * samples, device=start.device, dtype=start.dtype) + 0.5) / (cells * samples)
     where = start[:, None] + length[:, None] * steps                        # [n, cells * samples]
-    inside = (where >= -1) & (where <= size[:, None])
-    where = where.clamp(min=0).minimum(size[:, None] - 1)                   # the outermost pixel reaches one pixel further out
+    last = size[:, None] - 1
+    outside = (where < -1) | (where > last + 1)
+    where = where.clamp(min=0).minimum(last)                                # the outermost pixel reaches one pixel further out
     low = where.floor()
     high_weight = where - low
-    low = low.to(size.dtype)
-    pixels = torch.stack([low, (low + 1).minimum(size[:, None] - 1)], -1)
-    weights = torch.stack([1 - high_weight, high_weight], -1) * inside[..., None]
+    low = low.nan_to_num(0).to(size.dtype)
+    pixels = torch.stack([low, (low + 1).minimum(last)], -1)
+    weights = torch.stack([1 - high_weight, high_weight], -1).masked_fill_(outside[..., None], 0)
     return pixels.view(len(start), cells, -1), weights.view(len(start), cells, -1)
+
+
+def _outer(combine: Callable[[Tensor, Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
+    """Every y of [n, P, A] combined with every x of [n, Q, D], cell by cell: [n * P * Q, A * D]."""
+    # spread out first, since broadcasting over an axis as short as A or D costs three times as much
+    y, x = y.repeat_interleave(x.shape[2], 2), x.repeat(1, 1, y.shape[2])
+    return combine(y[:, :, None], x[:, None]).flatten(0, 2)

@@ -12,11 +12,22 @@ from torch import Tensor
 
 # T table rows, C channels, n bags, K reads a bag
 
+_CACHE_BYTES = 1 << 20      # what stays in a core's own cache
+
 
 def as_table(input: Tensor) -> Tensor:
     """Maps [B, C, H, W] as a table [B * H * W, C], float32 at least; without a copy where they lie channels-last in float32 or float64."""
     working = torch.promote_types(input.dtype, torch.float32)                # bfloat16 and float16 accumulate in float32
-    return input.permute(0, 2, 3, 1).to(working).contiguous().view(-1, input.shape[1])
+    rows = input.permute(0, 2, 3, 1)
+    maps_in_cache = min(_CACHE_BYTES // max(input[:1].nbytes, 1), len(input))
+    if rows.is_contiguous() or maps_in_cache < 4 or input.device.type != "cpu":
+        return rows.to(working).contiguous().view(-1, input.shape[1])
+    # Of many small maps, such as a gradient of RoIs, each read of a transpose waits for memory: read in order into the cache first, half the time
+    staging = input.new_empty(maps_in_cache, *input.shape[1:])
+    table = torch.empty(rows.shape, dtype=working)
+    for part, target in zip(input.split(maps_in_cache), table.split(maps_in_cache), strict=True):
+        target.copy_(staging[:len(part)].copy_(part).permute(0, 2, 3, 1))
+    return table.view(-1, input.shape[1])
 
 
 def index_dtype(rows: int) -> torch.dtype:
