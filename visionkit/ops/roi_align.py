@@ -1,7 +1,7 @@
 """RoIAlign (He et al. 2017, Mask R-CNN, arXiv:1703.06870, sec. 3), as one fused weighted gather.
 
-Every output cell is a weighted gather over the feature maps (`weighted_gather.py`). A pyramid is one table too: all its levels are pooled in
-one call.
+Every output cell is a weighted gather over the feature maps (`weighted_gather.py`). A pyramid is one table too: all its levels are pooled
+in one call.
 """
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def roi_align(input: Tensor, boxes: Tensor | list[Tensor], output_size: int | tu
         aligned: pixel centres at half-integers (shifts by -0.5, and boxes may be smaller than one feature pixel).
 
     Returns:
-        [R, C, P, Q] in the dtype of `input` and channels-last memory, which convolutions read as it is: flatten it with `.flatten(1)`, `.view`
-        cannot. Samples over one pixel outside the map count as 0; boxes that are not finite give NaN.
+        [R, C, P, Q] in the dtype of `input` and channels-last memory, which convolutions read as it is: flatten it with `.flatten(1)`,
+        `.view` cannot. Samples over one pixel outside the map count as 0; boxes that are not finite give NaN.
 
     Raises:
         ValueError: wrong shapes, devices, sampling ratio, output size or image indices.
@@ -70,7 +70,8 @@ def pyramid_roi_align(inputs: Sequence[Tensor], boxes: Tensor | list[Tensor], le
     if levels is None:
         levels = torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
     if levels.shape != rois.shape[:1] or levels.is_floating_point():
-        raise ValueError(f"pyramid_roi_align needs one level a box, integers: {list(rois.shape[:1])}, got {list(levels.shape)} of {levels.dtype}")
+        raise ValueError(f"pyramid_roi_align needs levels {list(rois.shape[:1])} of integers, one a box, got {list(levels.shape)} of "
+                         f"{levels.dtype}")
     if levels.device != rois.device:
         raise ValueError(f"boxes are on {rois.device}, levels on {levels.device}; move one")
     rows, columns = grid_size(output_size)
@@ -225,7 +226,7 @@ def _axis_reads(start: Tensor, length: Tensor, cells: int, samples: int, size: T
     low = low.nan_to_num(0).to(size.dtype)
     pixels = torch.stack([low, (low + 1).minimum(last)], -1)
     weights = torch.stack([1 - high_weight, high_weight], -1).masked_fill_(outside[..., None], 0)
-    return pixels.view(len(start), cells, -1), weights.view(len(start), cells, -1)
+    return pixels.view(-1, cells, 2 * samples), weights.view(-1, cells, 2 * samples)
 
 
 def _outer(combine: Callable[[Tensor, Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:

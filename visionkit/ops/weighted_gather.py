@@ -1,8 +1,8 @@
 """The weighted gather: each output row is a weighted sum of a few rows of a table. Every sampling op here is one.
 
-Feature maps in channels-last memory are a table [pixels, C]; bilinear interpolation is a bag of four rows, a RoIAlign cell of 2x2 samples one
-of sixteen. `F.embedding_bag` is that sum, threaded and vectorised, inside stock PyTorch. Its transpose, for gradients, is the same sum again:
-sort the reads by the row they read, and bag the cells that read each row. No atomics, so it gives the same bits every time.
+Feature maps in channels-last memory are a table [pixels, C]; bilinear interpolation is a bag of four rows, a RoIAlign cell of 2x2 samples
+one of sixteen. `F.embedding_bag` is that sum, threaded and vectorised, inside stock PyTorch. Its transpose, for gradients, is the same sum
+again: sort the reads by the row they read, and bag the cells that read each row. No atomics, so it gives the same bits every time.
 """
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def as_table(input: Tensor) -> Tensor:
     maps_in_cache = min(_CACHE_BYTES // max(input[:1].nbytes, 1), len(input))
     if rows.is_contiguous() or maps_in_cache < 4 or input.device.type != "cpu":
         return rows.to(working).contiguous().view(-1, input.shape[1])
-    # Of many small maps, such as a gradient of RoIs, each read of a transpose waits for memory: read in order into the cache first, half the time
+    # Where the maps are many and small, as in a gradient of RoIs, each read of a transpose waits for memory. Copied to the cache first, in
+    # order, it takes half the time.
     staging = input.new_empty(maps_in_cache, *input.shape[1:])
     table = torch.empty(rows.shape, dtype=working)
     for part, target in zip(input.split(maps_in_cache), table.split(maps_in_cache), strict=True):
