@@ -29,9 +29,9 @@ class ScoreMapTable:
         channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
         return cls(input.shape, bins, channels_last=channels_last, bin_major=bin_major)
 
-    def fill(self, input: Tensor) -> Tensor:
-        """Maps [B, K * C, H, W] as the table, float32 at least."""
-        working = torch.promote_types(input.dtype, torch.float32)
+    def fill(self, input: Tensor, working: torch.dtype | None = None) -> Tensor:
+        """Maps [B, K * C, H, W] as the table, in the type `working`; by default in their own, but float32 at least."""
+        working = working or torch.promote_types(input.dtype, torch.float32)
         if self.channels_last and not self.bin_major:
             input = torch.channel_shuffle(input, self.classes)              # made for this: twice as fast as a general copy
         if self.channels_last:
