@@ -22,7 +22,7 @@ from visionkit.registry import OPS
 
 # B images, C channels, H x W pixels, N x M output pixels, K kernel taps, G offset groups, P output pixels of a band
 
-_BAND_BYTES = 24 << 20      # what sampling a band of output rows may take
+_BAND_BYTES = 20 << 20      # what sampling a band of output rows may take
 
 
 def deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | tuple[int, int] = 1,
@@ -238,20 +238,21 @@ def _deform_conv2d_backward(grad: Tensor, input: Tensor, offset: Tensor, mask: T
     sampler = _sampler(input, offset, mask, weight, stride, padding, dilation, border)
     sampler.zero_gradients()
     kernel = _kernel_1x1(weight)
-    grad_kernel = torch.zeros((), dtype=torch.promote_types(kernel.dtype, torch.float32), device=kernel.device)
+    grad_kernel = torch.zeros((groups, len(kernel) // groups, kernel.shape[1]), dtype=torch.promote_types(kernel.dtype, torch.float32),
+                              device=kernel.device)
     for images, rows in _bands(input, offset, weight) if grad.numel() else ():
-        columns = _columns(sampler, images, rows, offset, kernel, groups).permute(0, 2, 3, 1).reshape(-1, groups, kernel.shape[1]).transpose(0, 1)
-        band = grad[images, :, rows].unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2).to(kernel.dtype)
-        band = band.reshape(groups, -1, len(kernel) // groups)              # [groups, P, C_out / groups]
-        grad_kernel = grad_kernel + columns.transpose(1, 2) @ band          # [groups, K * C / groups, C_out / groups]
+        columns = _columns(sampler, images, rows, offset, kernel, groups)
+        band = grad[images, :, rows].to(kernel.dtype)                       # [images, C_out, rows, M]
+        by_channel = band.transpose(0, 1).reshape(groups, len(kernel) // groups, -1)                 # [groups, C_out / groups, P]
+        grad_kernel += by_channel @ columns.permute(0, 2, 3, 1).reshape(-1, groups, kernel.shape[1]).transpose(0, 1)
         del columns
-        grad_columns = band @ kernel.view(groups, -1, kernel.shape[1])      # [groups, P, K * C / groups]
-        grad_columns = grad_columns.view(groups, -1, taps, weight.shape[1]).permute(1, 2, 0, 3)
+        grad_columns = F.conv_transpose2d(band.contiguous(memory_format=torch.channels_last), kernel, groups=groups)
+        grad_columns = grad_columns.permute(0, 2, 3, 1).reshape(-1, groups, taps, weight.shape[1]).transpose(1, 2)
         sampler.columns_backward(grad_columns.reshape(-1, taps * input.shape[1]), images, rows)
     grad_input, grad_offset, grad_mask = sampler.gradients()
-    grad_weight = grad_kernel.expand(groups, kernel.shape[1], -1).transpose(1, 2).reshape(-1, *weight.shape[2:], weight.shape[1])
-    grad_weight = grad_weight.permute(0, 3, 1, 2)
-    return grad_input, grad_offset, grad.new_empty(0) if mask is None else grad_mask, torch.empty_like(weight).copy_(grad_weight)
+    grad_weight = torch.empty_like(weight)
+    grad_weight.copy_(grad_kernel.view(-1, *weight.shape[2:], weight.shape[1]).permute(0, 3, 1, 2))
+    return grad_input, grad_offset, grad.new_empty(0) if mask is None else grad_mask, grad_weight
 
 
 @_deform_conv2d_backward.register_fake
@@ -286,7 +287,7 @@ def _sampler(input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor,
 
 def _bands(input: Tensor, offset: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
     groups = offset.shape[1] // (2 * math.prod(weight.shape[2:]))
-    position_bytes = math.prod(weight.shape[2:]) * (4 * input.shape[1] + 64 * groups)
+    position_bytes = math.prod(weight.shape[2:]) * (4 * input.shape[1] + 128 * groups)        # columns, and what it takes to compute them
     return bilinear.bands(len(input), offset.shape[2], offset.shape[3] * position_bytes, _BAND_BYTES)
 
 
