@@ -1,9 +1,12 @@
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from visionkit.ops import RoIAlign, pyramid_roi_align, roi_align
+from visionkit.testing import check_op
 
 
 def bilinear(image: torch.Tensor, y: float, x: float) -> float:
@@ -123,17 +126,95 @@ def test_channels_last_and_strided_inputs_give_the_same_numbers():
     ({"boxes": torch.tensor([[2.0, 0, 0, 1, 1]])}, "name images 2 to 2 of a batch of 2"),
     ({"sampling_ratio": 0}, "sampling_ratio must be positive, or -1"),
     ({"output_size": 0}, "output_size must be positive"),
-], ids=["input", "boxes", "image index", "sampling", "output size"])
+    ({"boxes": torch.zeros(2, 5, device="meta")}, "input is on cpu, boxes on meta"),
+], ids=["input", "boxes", "image index", "sampling", "output size", "device"])
 def test_roi_align_tells_what_is_wrong(change, message):
     arguments = {"input": torch.zeros(2, 3, 5, 5), "boxes": torch.zeros(2, 5), "output_size": 7} | change
     with pytest.raises(ValueError, match=message):
         roi_align(**arguments)
 
 
-def test_roi_align_is_one_operator_to_the_compiler():
+@pytest.mark.parametrize("sampling_ratio", [2, -1])
+def test_roi_align_keeps_the_contract_of_an_op(sampling_ratio):
     input, rois = case(torch.float32)
-    levels = torch.zeros(len(rois), dtype=torch.int64)
-    torch.library.opcheck(torch.ops.visionkit.roi_align.default, ([input.requires_grad_()], rois, levels, 3, 2, [1 / 8], 2, True))
+    rest = (2, 1 / 8, sampling_ratio, True)
+    check_op(roi_align, [input.requires_grad_(), rois, *rest],
+             empty={"no boxes": [input, rois[:0], *rest], "no images": [input[:0], rois[:0], *rest]})
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"inputs": []}, "one spatial scale a level, got 2 for 0 levels"),
+    ({"inputs": [torch.zeros(1, 3, 8, 8), torch.zeros(1, 4, 4, 4)]}, r"must agree .* got \[1, 3, 8, 8\].*\[1, 4, 4, 4\]"),
+    ({"levels": torch.tensor([0])}, r"needs levels \[2\] of integers.*got \[1\]"),
+    ({"levels": torch.tensor([0.0, 1])}, r"needs levels \[2\] of integers.*got \[2\] of torch.float32"),
+    ({"levels": torch.tensor([0, 2])}, "levels name 0 to 2 of a pyramid of 2"),
+    ({"levels": torch.tensor([-1, 0])}, "levels name -1 to 0 of a pyramid of 2"),
+], ids=["no levels", "channels", "number", "type", "beyond", "negative"])
+def test_pyramid_roi_align_tells_what_is_wrong(change, message):
+    arguments = {"inputs": [torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4)], "boxes": torch.zeros(2, 5), "levels": torch.tensor([0, 1]),
+                 "output_size": 7, "spatial_scales": [1 / 4, 1 / 8]} | change
+    with pytest.raises(ValueError, match=message):
+        pyramid_roi_align(**arguments)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_roi_align_is_one_operator_to_the_compiler(levels):
+    input, rois = case(torch.float32)
+    inputs = [input.clone().requires_grad_() for _ in range(levels)]
+    level = torch.arange(len(rois)) % levels
+    torch.library.opcheck(torch.ops.visionkit.roi_align.default, (inputs, rois, level, 3, 2, [1 / 8] * levels, 2, True))
+    sizes = [7, 9] * levels
+    for grad in (torch.randn(len(rois), 3, 3, 2), torch.randn(len(rois), 3, 2, 3).transpose(2, 3)):
+        torch.library.opcheck(torch.ops.visionkit.roi_align_backward.default, (grad, rois, level, 2, sizes, [1 / 8] * levels, 2, True))
+
+
+@pytest.mark.parametrize("input_dtype, box_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16),
+                                                    (torch.float32, torch.float64), (torch.float32, torch.int64)])
+def test_mixed_dtypes_under_autocast_pool_in_the_dtype_of_the_input(input_dtype, box_dtype):
+    input, rois = case(torch.float32)
+    input, rois = input.to(input_dtype).requires_grad_(), rois.to(box_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = roi_align(input, rois, 3, 1 / 8, 2)
+        output.float().square().mean().backward()
+    assert output.dtype == input.grad.dtype == input_dtype
+    torch.testing.assert_close(output, roi_align(input, rois.to(torch.float32), 3, 1 / 8, 2))
+
+
+@pytest.mark.parametrize("sampling_ratio", [2, -1])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_box_that_is_not_finite_pools_to_nan_and_leaves_the_others_alone(value, sampling_ratio):
+    input, rois = case()
+    sound = roi_align(input, rois, 3, 1 / 8, sampling_ratio)
+    rois[1, 3] = value
+    output = roi_align(input, rois, 3, 1 / 8, sampling_ratio)
+    assert output[1].isnan().all()
+    assert torch.equal(output[2:], sound[2:])
+    assert torch.equal(output[0], sound[0])
+
+
+def test_the_result_lies_channels_last_in_memory():
+    input, rois = case()
+    assert roi_align(input, rois, 3, 1 / 8, 2).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_that_come_in_any_memory_give_the_same(memory_format):
+    rois = case(torch.float32)[1].repeat(41, 1)                                       # many parts for the transpose, the last one smaller
+    rest = (rois, torch.zeros(len(rois), dtype=torch.int64), 2, [7, 9], [1 / 8], 2, False)
+    grad = torch.randn(len(rois), 300, 7, 7)
+    expected, = torch.ops.visionkit.roi_align_backward(grad.double().contiguous(memory_format=torch.channels_last), *rest)
+    given, = torch.ops.visionkit.roi_align_backward(grad.contiguous(memory_format=memory_format), *rest)
+    torch.testing.assert_close(given.double(), expected, rtol=0, atol=1e-3)
+
+
+def test_kernels_that_serve_the_tensor_are_called_with_the_operators_arguments(monkeypatch):
+    input, rois = case(torch.float32)
+    level = torch.zeros(len(rois), dtype=torch.int64)
+    served = SimpleNamespace(forward=lambda *arguments: arguments[0][0].new_full((len(rois), 3, 3, 2), len(arguments)),
+                             backward=lambda *arguments: [arguments[0].new_full((2, 3, 7, 9), len(arguments))])
+    monkeypatch.setattr(sys.modules["visionkit.ops.roi_align"], "kernels", lambda op, tensor: served if op == "roi_align" else None)
+    assert (torch.ops.visionkit.roi_align([input], rois, level, 3, 2, [1 / 8], 2, True) == 8).all()
+    assert (torch.ops.visionkit.roi_align_backward(torch.ones(5, 3, 3, 2), rois, level, 2, [7, 9], [1 / 8], 2, True)[0] == 8).all()
 
 
 def test_the_module_calls_the_function_with_its_settings():

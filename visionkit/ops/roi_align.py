@@ -6,7 +6,8 @@ in one call.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from visionkit.ops.rois import as_rois, grid_size, sound_rois
 from visionkit.ops.tiers import kernels
 from visionkit.ops.weighted_gather import as_table, gather, gather_transposed, index_dtype
+from visionkit.ops.windows import AxisWindows, axis_windows, cross, runs
 from visionkit.registry import OPS
 
 # R RoIs, P x Q output cells, S samples a cell along one axis, C channels
@@ -106,17 +108,13 @@ def _roi_align(inputs: Sequence[Tensor], rois: Tensor, levels: Tensor, rows: int
     if triton := kernels("roi_align", inputs[0]):
         return triton.forward(inputs, rois, levels, rows, columns, spatial_scales, sampling_ratio, aligned)
     batch, channels = inputs[0].shape[:2]
-    tables = [as_table(input) for input in inputs]
-    table = tables[0] if len(tables) == 1 else torch.cat(tables)
+    if levels.device.type == "cpu" and len(levels) and not (levels.min() >= 0 and levels.max() < len(inputs)):   # on a GPU it would wait
+        raise ValueError(f"levels name {int(levels.min())} to {int(levels.max())} of a pyramid of {len(inputs)}")
     sizes = [(input.shape[2], input.shape[3]) for input in inputs]
+    table = as_table(inputs[0]) if len(inputs) == 1 else _table_of_levels(inputs)
     rois = sound_rois(rois.to(table.dtype), batch)
-    cells = table.new_empty(0 if sampling_ratio > 0 else len(rois), rows * columns, channels)
-    for chosen, reads, weights in _reads(rois, levels, batch, sizes, rows, columns, spatial_scales, sampling_ratio, aligned):
-        pooled = gather(table, reads, weights).view(-1, rows * columns, channels)
-        if chosen is None:
-            cells = pooled
-        else:
-            cells[chosen] = pooled
+    reads = _reads(rois, levels, batch, sizes, rows, columns, spatial_scales, sampling_ratio, aligned)
+    cells = gather(table, reads.rows, reads.weights, reads.starts)
     return cells.to(inputs[0].dtype).view(len(rois), rows, columns, channels).permute(0, 3, 1, 2)
 
 
@@ -135,13 +133,8 @@ def _roi_align_backward(grad: Tensor, rois: Tensor, levels: Tensor, batch: int, 
     pixels = [batch * height * width for height, width in sizes]
     cells = as_table(grad)                                                  # [R * P * Q, C]
     rois = sound_rois(rois.to(cells.dtype), batch)
-    total = None
-    for chosen, reads, weights in _reads(rois, levels, batch, sizes, rows, columns, spatial_scales, sampling_ratio, aligned):
-        grads = cells if chosen is None else cells.view(-1, rows * columns * channels).index_select(0, chosen).view(-1, channels)
-        part = gather_transposed(grads, reads, weights, sum(pixels))
-        total = part if total is None else total.add_(part)
-    if total is None:                                                       # no boxes
-        total = cells.new_zeros(sum(pixels), channels)
+    reads = _reads(rois, levels, batch, sizes, rows, columns, spatial_scales, sampling_ratio, aligned)
+    total = gather_transposed(cells, reads.rows, reads.weights, sum(pixels), reads.cells)
     parts = total.to(grad.dtype).split(pixels)
     # each a tensor of its own: an operator may not return two views of one
     parts = parts if len(parts) == 1 else [part.clone() for part in parts]
@@ -169,15 +162,27 @@ def _backward(ctx, grad: Tensor) -> tuple:
 _roi_align.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _reads(rois: Tensor, levels: Tensor, batch: int, sizes: Sequence[tuple[int, int]], rows: int, columns: int,
-           spatial_scales: Sequence[float], sampling_ratio: int, aligned: bool) -> Iterator[tuple[Tensor | None, Tensor, Tensor]]:
-    """What the output cells read, for groups of RoIs that take equally many samples a cell.
+def _table_of_levels(inputs: Sequence[Tensor]) -> Tensor:
+    """[sum of B * H_l * W_l, C] pixels of all levels, float32 at least."""
+    batch, channels = inputs[0].shape[:2]
+    pixels = [batch * input.shape[2] * input.shape[3] for input in inputs]
+    table = inputs[0].new_empty(sum(pixels), channels, dtype=torch.promote_types(inputs[0].dtype, torch.float32))
+    for part, input in zip(table.split(pixels), inputs, strict=True):
+        part.view(batch, *input.shape[2:], channels).copy_(input.permute(0, 2, 3, 1))
+    return table
 
-    Yields:
-        chosen: [n] indices of the RoIs of the group, ascending, or None for all.
-        reads: [n * P * Q, K] rows of the table, the four corners of each sample.
-        weights: [n * P * Q, K] bilinear weights over the number of samples; 0 for what lies outside the map.
-    """
+
+class Reads(NamedTuple):
+    """What the output cells read, for `gather` and `gather_transposed`."""
+
+    rows: Tensor                    # of the table, [R * P * Q, K] or, where cells read unequally many, [M]
+    weights: Tensor                 # likewise; 0 for what lies outside the map
+    starts: Tensor | None = None    # [R * P * Q]
+    cells: Tensor | None = None     # [M]
+
+
+def _reads(rois: Tensor, levels: Tensor, batch: int, sizes: Sequence[tuple[int, int]], rows: int, columns: int,
+           spatial_scales: Sequence[float], sampling_ratio: int, aligned: bool) -> Reads:
     starts = [0, *itertools.accumulate(batch * height * width for height, width in sizes)]       # of each level in the table
     geometry = torch.tensor([(*size, start) for size, start in zip(sizes, starts, strict=False)], device=rois.device)
     height, width, start = geometry.to(index_dtype(starts[-1])).index_select(0, levels).unbind(1)
@@ -188,49 +193,63 @@ def _reads(rois: Tensor, levels: Tensor, batch: int, sizes: Sequence[tuple[int, 
     if not aligned:                                                         # the first RoIAlign forces RoIs to at least one pixel
         box_width, box_height = box_width.clamp(min=1), box_height.clamp(min=1)
     if sampling_ratio > 0:
-        groups = [(None, sampling_ratio, sampling_ratio)]
-    else:
-        grids = torch.stack([box_height / rows, box_width / columns], 1).ceil().nan_to_num(0).long()
-        grids, member = torch.unique(grids, dim=0, return_inverse=True)
-        groups = [((member == index).nonzero()[:, 0], *grid) for index, grid in enumerate(grids.tolist())]
-    for chosen, samples_y, samples_x in groups:
-        empty = samples_y < 1 or samples_x < 1                              # a RoI without samples: its cells are 0
-        samples_y, samples_x = max(samples_y, 1), max(samples_x, 1)
-        n = slice(None) if chosen is None else chosen
-        y, weight_y = _axis_reads(top[n], box_height[n], rows, samples_y, height[n])             # [n, P, 2S]
-        x, weight_x = _axis_reads(left[n], box_width[n], columns, samples_x, width[n])           # [n, Q, 2S]
-        y = y * width[n, None, None] + start[n, None, None]
-        weight_y = weight_y * (0.0 if empty else 1 / (samples_y * samples_x))
-        yield chosen, _outer(torch.add, y, x), _outer(torch.mul, weight_y, weight_x)
+        y, weight_y = _even_samples(top, box_height, rows, sampling_ratio, height)               # [R, P, 2S]
+        x, weight_x = _even_samples(left, box_width, columns, sampling_ratio, width)             # [R, Q, 2S]
+        y = y * width[:, None, None] + start[:, None, None]
+        return Reads(_outer(torch.add, y, x), _outer(torch.mul, weight_y, weight_x))
+    y, weight_y = _adaptive_samples(top, box_height, rows, height)
+    x, weight_x = _adaptive_samples(left, box_width, columns, width)
+    reads = cross(*(value.view(-1, rows, 1).expand(-1, -1, columns).flatten() for value in (y.start, y.count)),
+                  *(value.view(-1, 1, columns).expand(-1, rows, -1).flatten() for value in (x.start, x.count)))
+    roi = y.bin // rows
+    row = y.pixel * width.index_select(0, roi) + start.index_select(0, roi)
+    return Reads(row.index_select(0, reads.y).add_(x.pixel.index_select(0, reads.x)),
+                 weight_y.index_select(0, reads.y).mul_(weight_x.index_select(0, reads.x)), reads.starts, reads.bag)
 
 
-def _axis_reads(start: Tensor, length: Tensor, cells: int, samples: int, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels that linear interpolation reads along one axis, and their weights.
+def _even_samples(start: Tensor, length: Tensor, cells: int, samples: int, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels that linear interpolation reads along one axis, and their weights in the mean, for equally many samples in each cell.
 
     Args:
-        start, length: [n] of each RoI, feature pixels.
+        start, length: [R] of each RoI, feature pixels.
         cells: output cells along the axis.
         samples: samples a cell.
-        size: [n] pixels along the axis of each RoI's map.
+        size: [R] pixels along the axis of each RoI's map.
 
     Returns:
-        [n, cells, 2 * samples] pixel indices within the map, and weights, 0 where the sample lies over one pixel outside.
+        [R, cells, 2 * samples] pixel indices within the map, and weights.
     """
     steps = (torch.arange(cells * samples, device=start.device, dtype=start.dtype) + 0.5) / (cells * samples)
-    where = start[:, None] + length[:, None] * steps                        # [n, cells * samples]
-    last = size[:, None] - 1
-    outside = (where < -1) | (where > last + 1)
-    where = where.clamp(min=0).minimum(last)                                # the outermost pixel reaches one pixel further out
-    low = where.floor()
-    high_weight = where - low
-    low = low.nan_to_num(0).to(size.dtype)
-    pixels = torch.stack([low, (low + 1).minimum(last)], -1)
-    weights = torch.stack([1 - high_weight, high_weight], -1).masked_fill_(outside[..., None], 0)
+    low, high, low_weight, high_weight = _neighbours(start[:, None] + length[:, None] * steps, size[:, None])
+    pixels, weights = torch.stack([low, high], -1), torch.stack([low_weight, high_weight], -1).div_(samples)
     return pixels.view(-1, cells, 2 * samples), weights.view(-1, cells, 2 * samples)
 
 
+def _adaptive_samples(start: Tensor, length: Tensor, cells: int, size: Tensor) -> tuple[AxisWindows, Tensor]:
+    """The same for as many samples as a cell has pixels: windows of the R * cells cells, and the weights of their entries."""
+    samples = (length / cells).ceil().nan_to_num(0).to(size.dtype)          # [R]
+    share = samples.to(start.dtype).reciprocal().where(samples > 0, 0)      # a RoI turned inside out has none: its cells are 0
+    samples = samples.clamp(min=1)
+    roi, step = runs(torch.zeros_like(samples), samples * cells)
+    where = start.index_select(0, roi) + (length / (samples * cells)).index_select(0, roi) * (step + 0.5)
+    low, high, low_weight, high_weight = _neighbours(where, size.index_select(0, roi))
+    windows = axis_windows(low, high, samples.repeat_interleave(cells))
+    share = share.index_select(0, roi)
+    return windows, windows.spread(low_weight * share, high_weight * share)
+
+
+def _neighbours(where: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels before and after positions along an axis of `size` pixels, and the weights of the two; 0 over one pixel outside."""
+    outside = (where < -1) | (where > size)
+    where = where.clamp(min=0).minimum(size - 1)                            # the outermost pixel reaches one pixel further out
+    low = where.floor()
+    high_weight = where - low
+    low = low.nan_to_num(0).to(size.dtype)
+    return low, (low + 1).minimum(size - 1), (1 - high_weight).masked_fill_(outside, 0), high_weight.masked_fill_(outside, 0)
+
+
 def _outer(combine: Callable[[Tensor, Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
-    """Every y of [n, P, A] combined with every x of [n, Q, D], cell by cell: [n * P * Q, A * D]."""
+    """Every y of [R, P, A] combined with every x of [R, Q, D], cell by cell: [R * P * Q, A * D]."""
     # spread out first, since broadcasting over an axis as short as A or D costs three times as much
     y, x = y.repeat_interleave(x.shape[2], 2), x.repeat(1, 1, y.shape[2])
     return combine(y[:, :, None], x[:, None]).flatten(0, 2)

@@ -36,33 +36,36 @@ def index_dtype(rows: int) -> torch.dtype:
     return torch.int32 if rows < 2**31 else torch.int64
 
 
-def gather(table: Tensor, reads: Tensor, weights: Tensor) -> Tensor:
+def gather(table: Tensor, reads: Tensor, weights: Tensor, starts: Tensor | None = None) -> Tensor:
     """Weighted sums [n, C] of rows of `table` [T, C]: row reads[i, k] times weights[i, k], over k.
 
     Args:
         table: [T, C], float32 or float64; a table whose rows do not lie one after the other is ten times as slow.
-        reads: [n, K] int32 or int64, in [0, T).
-        weights: [n, K] in the type of `table`.
+        reads: [n, K] int32 or int64, in [0, T); or [M], those of bag i from starts[i] on.
+        weights: [n, K] or [M], in the type of `table`.
+        starts: [n] where bags are of different sizes.
     """
-    return F.embedding_bag(reads, table, mode="sum", per_sample_weights=weights)
+    return F.embedding_bag(reads, table, starts, mode="sum", per_sample_weights=weights)
 
 
-def gather_transposed(cells: Tensor, reads: Tensor, weights: Tensor, rows: int) -> Tensor:
+def gather_transposed(cells: Tensor, reads: Tensor, weights: Tensor, rows: int, bag: Tensor | None = None) -> Tensor:
     """Gradient [rows, C] of the table of `gather`, from the gradient `cells` [n, C] of its result.
 
     Args:
         cells: [n, C].
-        reads, weights: [n, K] as given to `gather`.
+        reads, weights: as given to `gather`.
         rows: T of the table.
+        bag: [M], the bag of each read, where bags are of different sizes.
     """
     by_row = reads.flatten().argsort(stable=True)
     starts = F.pad(torch.bincount(reads.flatten(), minlength=rows).cumsum(0, dtype=reads.dtype), (1, 0))[:-1]
-    cell = by_row.to(reads.dtype).div_(reads.shape[1], rounding_mode="floor")
+    cell = by_row.to(reads.dtype).div_(reads.shape[1], rounding_mode="floor") if bag is None else bag.index_select(0, by_row)
     return F.embedding_bag(cell, cells, starts, mode="sum", per_sample_weights=weights.flatten().index_select(0, by_row))
 
 
-def gather_weights_gradient(cells: Tensor, table: Tensor, reads: Tensor) -> Tensor:
-    """Gradient [n, K] of the weights of `gather`: each the dot product of a bag's gradient [n, C] and the row that was read."""
-    starts = torch.arange(0, reads.numel(), reads.shape[1], device=reads.device, dtype=reads.dtype)
-    bags = torch.arange(len(reads), device=reads.device, dtype=reads.dtype).repeat_interleave(reads.shape[1])
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(cells, table, reads.flatten(), starts, bags, 0, -1).view(reads.shape)
+def gather_weights_gradient(cells: Tensor, table: Tensor, reads: Tensor, bag: Tensor | None = None) -> Tensor:
+    """Gradient of the weights of `gather`, in their shape: the dot product of a bag's gradient [n, C] and each row that it read."""
+    if bag is None:
+        bag = torch.arange(len(reads), device=reads.device, dtype=reads.dtype).repeat_interleave(reads.shape[1])
+    starts = bag.new_zeros(len(cells))                                       # not looked at where the bag of each read is known
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(cells, table, reads.flatten(), starts, bag, 0, -1).view(reads.shape)
