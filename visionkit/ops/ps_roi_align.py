@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from visionkit.ops.roi_align import _axis_reads as axis_reads
+from visionkit.ops.roi_align import even_samples
 from visionkit.ops.rois import as_rois, grid_size, sound_rois
 from visionkit.ops.score_maps import ScoreMapTable, cells_by_bin, check_score_maps, pooled
 from visionkit.ops.tiers import kernels
@@ -142,11 +142,11 @@ def _reads(layout: ScoreMapTable, rois: Tensor, rows: int, columns: int, spatial
         empty = samples_y < 1 or samples_x < 1                              # a RoI without samples: its bins are 0
         samples_y, samples_x = max(samples_y, 1), max(samples_x, 1)
         size = torch.tensor([layout.height, layout.width], dtype=index, device=rois.device).expand(len(left[chosen]), 2)
-        y, weight_y = axis_reads(top[chosen], box_height[chosen], rows, samples_y, size[:, 0])               # [n, P, 2S]
-        x, weight_x = axis_reads(left[chosen], box_width[chosen], columns, samples_x, size[:, 1])            # [n, Q, 2S]
+        y, weight_y = even_samples(top[chosen], box_height[chosen], rows, samples_y, size[:, 0])               # [n, P, 2S]
+        x, weight_x = even_samples(left[chosen], box_width[chosen], columns, samples_x, size[:, 1])            # [n, Q, 2S]
         y, x = y * (layout.width * layout.pixel_step), x * layout.pixel_step
         first = layout.first_rows(rois[chosen, 0].to(index)).view(rows, columns, -1, 1)                      # [P, Q, n, 1]
-        weight_y = weight_y * (0.0 if empty else 1 / (samples_y * samples_x))
+        weight_y = weight_y * (0.0 if empty else 1.0)
         reads = _spread(y, x.shape[2])[:, None] + (_repeat(x, y.shape[2])[None] + first)
         weights = _spread(weight_y, x.shape[2])[:, None] * _repeat(weight_x, y.shape[2])[None]
         yield chosen, reads.flatten(0, 2), weights.flatten(0, 2)

@@ -193,8 +193,8 @@ def _reads(rois: Tensor, levels: Tensor, batch: int, sizes: Sequence[tuple[int, 
     if not aligned:                                                         # the first RoIAlign forces RoIs to at least one pixel
         box_width, box_height = box_width.clamp(min=1), box_height.clamp(min=1)
     if sampling_ratio > 0:
-        y, weight_y = _even_samples(top, box_height, rows, sampling_ratio, height)               # [R, P, 2S]
-        x, weight_x = _even_samples(left, box_width, columns, sampling_ratio, width)             # [R, Q, 2S]
+        y, weight_y = even_samples(top, box_height, rows, sampling_ratio, height)               # [R, P, 2S]
+        x, weight_x = even_samples(left, box_width, columns, sampling_ratio, width)             # [R, Q, 2S]
         y = y * width[:, None, None] + start[:, None, None]
         return Reads(_outer(torch.add, y, x), _outer(torch.mul, weight_y, weight_x))
     y, weight_y = _adaptive_samples(top, box_height, rows, height)
@@ -207,7 +207,7 @@ def _reads(rois: Tensor, levels: Tensor, batch: int, sizes: Sequence[tuple[int, 
                  weight_y.index_select(0, reads.y).mul_(weight_x.index_select(0, reads.x)), reads.starts, reads.bag)
 
 
-def _even_samples(start: Tensor, length: Tensor, cells: int, samples: int, size: Tensor) -> tuple[Tensor, Tensor]:
+def even_samples(start: Tensor, length: Tensor, cells: int, samples: int, size: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels that linear interpolation reads along one axis, and their weights in the mean, for equally many samples in each cell.
 
     Args:
