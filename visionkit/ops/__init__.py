@@ -1,7 +1,31 @@
 """Tensors in, tensors out: the operations that detectors are made of, with no compiled extension."""
 from visionkit.ops.boxes import box_area, box_iou, clip_boxes
+from visionkit.ops.deform_conv import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack, deform_conv2d
+from visionkit.ops.ms_deform_attention import MSDeformAttn, ms_deform_attn
 from visionkit.ops.nms import batched_nms, nms
+from visionkit.ops.ps_roi_align import PSRoIAlign, ps_roi_align
+from visionkit.ops.ps_roi_pool import PSRoIPool, ps_roi_pool
 from visionkit.ops.roi_align import RoIAlign, pyramid_roi_align, roi_align
 from visionkit.ops.rois import boxes_to_rois
 
-__all__ = ["RoIAlign", "batched_nms", "box_area", "box_iou", "boxes_to_rois", "clip_boxes", "nms", "pyramid_roi_align", "roi_align"]
+__all__ = [
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "MSDeformAttn",
+    "ModulatedDeformConv2dPack",
+    "PSRoIAlign",
+    "PSRoIPool",
+    "RoIAlign",
+    "batched_nms",
+    "box_area",
+    "box_iou",
+    "boxes_to_rois",
+    "clip_boxes",
+    "deform_conv2d",
+    "ms_deform_attn",
+    "nms",
+    "ps_roi_align",
+    "ps_roi_pool",
+    "pyramid_roi_align",
+    "roi_align",
+]

@@ -177,14 +177,13 @@ class Sampler:
         x = (offset[1].view(-1, len(start_x), len(regular_x[0]), groups) + regular_x[:, :, None]).flatten()
         mask = None if self.mask is None else self._read(self.mask, 1, images, rows)[0].flatten()
         if geometry.border == "clamp":
-            counts = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            mask = counts.to(working) if mask is None else mask * counts
-            y, x = y.clamp(max=height - 1), x.clamp(max=width - 1)
+            outside = (y < 0) | (y >= height) | (x < 0) | (x >= width)
+            y, x = y.clamp(max=height - 1).masked_fill_(outside, -1), x.clamp(max=width - 1)     # -1: in the border of zeros
         cell_y, upper_y = bilinear.axis_cells(y, height)
         cell_x, upper_x = bilinear.axis_cells(x, width)
         moves_y, moves_x = bilinear.moves(cell_y, upper_y), bilinear.moves(cell_x, upper_x)
         if geometry.border == "clamp":
-            moves_y, moves_x = y < height - 1, x < width - 1
+            moves_y, moves_x = moves_y & (y < height - 1), moves_x & (x < width - 1)
         cells = cell_y.mul_(width + 2).add_(cell_x)
         first = torch.arange(images.start, images.stop, dtype=cells.dtype, device=cells.device) * ((height + 2) * (width + 2))
         cells = (cells.view(len(first), -1) + first[:, None]).flatten()

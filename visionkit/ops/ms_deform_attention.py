@@ -68,7 +68,7 @@ def _check(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sam
 
 
 @OPS.register_module()
-class MSDeformAttnFunction(nn.Module):
+class MSDeformAttn(nn.Module):
     """`ms_deform_attn` as a module without weights; projections belong to the layer that uses it."""
 
     def forward(self, value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_locations: Tensor,
