@@ -89,7 +89,7 @@ def _ms_deform_attn(value: Tensor, spatial_shapes: Tensor, level_start_index: Te
         weights = bilinear.corner_weights(upper_y, upper_x, attention_weights[:, block].flatten(3).to(upper_x.dtype))
         reads = pyramid.reads(pyramid.cells(low_y, low_x)).view(-1, levels * points * 4)
         output[:, block] = gather(pyramid.table, reads, torch.stack(weights, -1).view(reads.shape)).view(output[:, block].shape)
-    return output.view(images, queries, -1).to(value.dtype)
+    return output.flatten(2).to(value.dtype)
 
 
 @_ms_deform_attn.register_fake
