@@ -29,8 +29,9 @@ def main() -> int:
 
 
 def benchmark(arguments: argparse.Namespace) -> int:
-    """Measure and print; 1 if ours disagrees with a peer, 130 if Ctrl-C ended it early."""
+    """Measure and print; 1 if ours disagrees with a peer, 130 if Ctrl-C or SIGTERM ended it early."""
     import importlib.util
+    import signal
 
     import torch
 
@@ -56,6 +57,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
         print("torchvision is not installed, so most ops have no peer: pip install -e '.[bench]'", file=sys.stderr)
 
     facts, rows, status = environment(arguments.device), [], 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)                    # what was measured is not lost
     try:
         for index, case in enumerate(cases):
             _progress(f"{index + 1} of {len(cases)}: {case.op}, {case.shape}")
@@ -64,6 +66,8 @@ def benchmark(arguments: argparse.Namespace) -> int:
                 rows.append(row)
     except KeyboardInterrupt:
         status = 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _progress("")
     print(f"{', '.join(f'{name} {value}' for name, value in facts.items())}; {arguments.device}, {arguments.dtype}, "
           f"median of {arguments.repeats}\n")

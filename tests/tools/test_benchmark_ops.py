@@ -16,7 +16,7 @@ from visionkit.engine.op_benchmark import Call, difference, in_turns, measure, p
 from visionkit.engine.op_cases import CASES, Case, peers
 
 ROOT = Path(__file__).parents[2]
-BARS = {                                                     # of the issue: times faster, forward and forward + backward
+BARS = {                                                     # what the ops owe: times faster, forward and forward + backward
     "v1, 2x64x56x56, 3x3": (6, 14), "v1, 2x256x28x28, 3x3": (3.8, 9.5), "v1, 1x512x25x38, 3x3": (2.4, 5.8),
     "v2, 2x256x28x28, 3x3": (3.2, 9),
     "256 channels of 50x76, 512 RoIs, 7x7, 2x2 samples": (12, 20), "81*49 channels of 38x50, 300 RoIs, 2x2 samples": (9, 7),
@@ -123,7 +123,7 @@ def test_the_list_and_the_table_can_be_markdown(tiny, tool, capsys):
         "| op | case | peers |", "| --- | --- | --- |", "| roi_align | tiny | torchvision |", "| nms | tiny | torchvision |"]
 
 
-def test_every_case_names_an_op_and_the_issues_bars_are_there():
+def test_every_case_names_an_op_and_no_bar_is_missing():
     assert len({(case.op, case.shape) for case in CASES}) == len(CASES)
     assert {case.shape: case.bars for case in CASES if case.bars} == BARS
     assert [case.megabytes for case in CASES if case.megabytes] == [(120, 220)]
@@ -211,6 +211,18 @@ def test_bin_major_puts_the_class_last():
     assert moved.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_of_a_large_case_only_the_memory_is_measured(tool, capsys, monkeypatch):
+    large = Case("nms", "large", lambda: pytest.fail("it is not run here"), megabytes=(100, 200))
+    monkeypatch.setattr(op_cases, "CASES", (large,))
+    monkeypatch.setattr(Case, "arguments", lambda *_: (torch.ones(1, requires_grad=True),))
+    monkeypatch.setattr(op_benchmark, "peers", lambda op: {"torchvision": None})
+    monkeypatch.setattr(op_benchmark, "peak_bytes", lambda case, peer, *_: dict.fromkeys(op_benchmark.PASSES, 300e6 if peer else 150e6))
+    assert list(measure(large, memory=False)) == []
+    assert tool("benchmark_ops") == 0
+    words = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[3:]]
+    assert words == ["nms large forward torchvision 150 300 100, MISSED", "nms large forward + backward torchvision 150 300 200, met"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_memory_holds_the_result():
     case = next(case for case in CASES if case.op == "box_iou")
@@ -241,6 +253,11 @@ def test_the_peer_of_multi_scale_deformable_attention_keeps_the_definition():
     torch.testing.assert_close(peers("ms_deform_attn")["plain PyTorch"](*arguments), attention_by_hand(*arguments), rtol=0, atol=1e-12)
 
 
+def test_no_sample_lies_where_the_gradient_jumps():
+    positions = op_cases._between_centers(torch.tensor([-1.0, -0.25, 0.0, 0.5, 1.999]))
+    torch.testing.assert_close(positions, torch.tensor([-0.99, -0.25, 0.01, 0.5, 1.99]))
+
+
 def test_the_encoder_asks_about_each_pixel():
     _, shapes, starts, locations, weights = op_cases._attention(None, ((2, 3), (1, 1)), points=1)
     assert starts.tolist() == [0, 6]
@@ -254,7 +271,7 @@ def test_mmcvs_functions_get_their_arguments_in_their_order(monkeypatch):
     def record(name, result=None):
         return lambda *arguments: calls.update({name: arguments}) or result
     stub = types.ModuleType("mmcv.ops")
-    for name in ("deform_conv2d", "modulated_deform_conv2d", "roi_align", "roi_pool"):
+    for name in ("deform_conv2d", "modulated_deform_conv2d", "roi_align"):
         setattr(stub, name, record(name))
     stub.nms, stub.batched_nms = record("nms", ("boxes", "kept")), record("batched_nms", ("boxes", "kept"))
     attention = types.ModuleType("mmcv.ops.multi_scale_deform_attn")

@@ -66,6 +66,8 @@ def measure(case: Case, *, repeats: int = 9, device: str = "cpu", dtype: torch.d
         backward: forward + backward, too.
         memory: the peak memory, too, of each implementation in a process of its own.
     """
+    if case.megabytes and not memory:
+        return
     keep_freed_memory()
     implementations = peers(case.op)
     bytes_of = {name: peak_bytes(case, name, device, dtype) if memory else {} for name in (None, *implementations)}
@@ -79,7 +81,8 @@ def measure(case: Case, *, repeats: int = 9, device: str = "cpu", dtype: torch.d
             if device == "cpu" and dtype == torch.float32:
                 row.bar = case.bars[index] if case.bars and name == case.against else None
                 row.bytes_bar = case.megabytes[index] * 1e6 if case.megabytes else None
-            _compare(row, case, arguments, implementations.get(name), repeats)
+            if not case.megabytes:
+                _compare(row, case, arguments, implementations.get(name), repeats)
             yield row
 
 

@@ -19,7 +19,8 @@ class Case:
         shape: the arguments, for people; no two cases of an op share it.
         make: the arguments by position; floating tensors in float32, those that require a gradient are differentiated.
         bars: times faster than `against`, forward and forward + backward, that ours is to be; on a CPU, in float32.
-        megabytes: peak memory over the inputs, forward and forward + backward, that ours is to stay below; likewise.
+        megabytes: peak memory over the inputs, forward and forward + backward, that ours is to stay below; likewise. Such a case is
+            large, and its memory is all that is measured.
         against: the peer that `bars` speaks of.
         layout: what ours gets in place of the first argument, for a memory layout that a model can emit for free.
         options: further arguments of ours.
@@ -78,10 +79,15 @@ def _crowd(count: int, objects: int) -> tuple[Tensor, Tensor]:
     return torch.cat([center - size / 2, center + size / 2], 1), torch.rand(count)
 
 
+def _between_centers(positions: Tensor) -> Tensor:
+    """Positions in pixels, moved a little off the centres: there the gradient jumps, and rounding would decide which side is taken."""
+    return positions.floor() + (positions - positions.floor()).clamp(0.01, 0.99)
+
+
 def _convolution(batch: int, channels: int, height: int, width: int, modulated: bool = False) -> tuple:
     """A 3x3 convolution that keeps channels and size; v2 with `modulated`."""
     maps = torch.randn(batch, channels, height, width).requires_grad_()
-    offset = (torch.randn(batch, 18, height, width) * 2).requires_grad_()
+    offset = _between_centers(torch.randn(batch, 18, height, width) * 2).requires_grad_()
     weight = (torch.randn(channels, channels, 3, 3) / (3 * channels**0.5)).requires_grad_()
     mask = torch.rand(batch, 9, height, width).requires_grad_() if modulated else None
     return maps, offset, weight, None, 1, 1, 1, mask
@@ -96,8 +102,9 @@ def _attention(queries: int | None, sizes: tuple[tuple[int, int], ...], heads: i
         reference = torch.cat(centers)
     else:
         reference = torch.rand(queries, 2)
-    offsets = torch.randn(1, len(reference), heads, len(sizes), points, 2) * 3                 # pixels of each level
-    locations = reference[None, :, None, None, None] + offsets / spatial_shapes.flip(1)[:, None]
+    widths = spatial_shapes.flip(1)[:, None]                                                   # (W, H) of each level
+    pixels = reference[None, :, None, None, None] * widths - 0.5 + torch.randn(1, len(reference), heads, len(sizes), points, 2) * 3
+    locations = (_between_centers(pixels) + 0.5) / widths
     weights = torch.randn(1, len(reference), heads, len(sizes) * points).softmax(-1).view(1, len(reference), heads, len(sizes), points)
     value = torch.randn(1, int(starts[-1]), heads, depth)
     return value.requires_grad_(), spatial_shapes, starts[:-1], locations.requires_grad_(), weights.requires_grad_()
@@ -164,7 +171,7 @@ def _torchvision() -> dict[str, Callable]:
 
 
 def _mmcv() -> dict[str, Callable]:
-    """Of the full mmcv, with its compiled ops. Its deform_roi_pool samples elsewhere, its focal loss takes class numbers: no peers."""
+    """Of the full mmcv, with its compiled ops. Its roi_pool and deform_roi_pool read elsewhere, its focal loss takes class numbers."""
     from mmcv import ops
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 
@@ -186,7 +193,7 @@ def _mmcv() -> dict[str, Callable]:
     def ms_deform_attn(*arguments):
         return MultiScaleDeformableAttnFunction.apply(*arguments, 64)
 
-    return {"deform_conv2d": deform_conv2d, "roi_align": roi_align, "roi_pool": ops.roi_pool, "nms": nms, "batched_nms": batched_nms,
+    return {"deform_conv2d": deform_conv2d, "roi_align": roi_align, "nms": nms, "batched_nms": batched_nms,
             "ms_deform_attn": ms_deform_attn}
 
 
