@@ -13,7 +13,7 @@ from visionkit.testing import check_op
 def sample(image, y, x, border):
     """One bilinear sample of [H, W]."""
     height, width = image.shape
-    if border == "clamp":                                                     # nothing outside [0, H) x [0, W), the last pixel reaches to the edge
+    if border == "clamp":                                                     # nothing outside [0, H) x [0, W); the last pixel fills it
         if not (0 <= y < height and 0 <= x < width):
             return 0.0
         y, x = min(y, height - 1), min(x, width - 1)
@@ -45,8 +45,8 @@ def deform_conv2d_by_hand(input, offset, weight, bias, stride, padding, dilation
     return output
 
 
-def case(batch=2, channels=4, outputs=4, kernel=(3, 3), groups=1, offset_groups=1, stride=1, padding=1, dilation=1, masked=False, spread=2.0,
-         dtype=torch.float64, size=(5, 6)):
+def case(batch=2, channels=4, outputs=4, kernel=(3, 3), groups=1, offset_groups=1, stride=1, padding=1, dilation=1, masked=False,
+         spread=2.0, dtype=torch.float64, size=(5, 6)):
     """Random arguments of `deform_conv2d`, as a dict."""
     generator = torch.Generator().manual_seed(0)
     height, width = ((side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1 for side, taps in zip(size, kernel, strict=True))
@@ -56,8 +56,8 @@ def case(batch=2, channels=4, outputs=4, kernel=(3, 3), groups=1, offset_groups=
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     return {"input": random(batch, channels, *size), "offset": random(batch, 2 * taps, height, width) * spread,
-            "weight": random(outputs, channels // groups, *kernel), "bias": random(outputs), "stride": stride, "padding": padding, "dilation": dilation,
-            "mask": random(batch, taps, height, width).sigmoid() if masked else None}
+            "weight": random(outputs, channels // groups, *kernel), "bias": random(outputs), "stride": stride, "padding": padding,
+            "dilation": dilation, "mask": random(batch, taps, height, width).sigmoid() if masked else None}
 
 
 def leaves(arguments):
@@ -65,7 +65,8 @@ def leaves(arguments):
 
 
 CASES = {
-    "v1": {}, "v2": {"masked": True}, "offset groups": {"offset_groups": 2, "masked": True}, "groups": {"groups": 2}, "depthwise": {"groups": 4, "offset_groups": 4},
+    "v1": {}, "v2": {"masked": True}, "offset groups": {"offset_groups": 2, "masked": True}, "groups": {"groups": 2},
+    "depthwise": {"groups": 4, "offset_groups": 4},
     "strided": {"stride": 2, "padding": 0}, "dilated": {"dilation": 2, "padding": 2}, "1x1": {"kernel": (1, 1), "padding": 0},
     "1x3": {"kernel": (1, 3)}, "more outputs": {"outputs": 6, "groups": 2, "offset_groups": 4},
 }
@@ -75,7 +76,8 @@ CASES = {
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_deform_conv2d_agrees_with_the_definition(options, border):
     arguments = case(**options)
-    torch.testing.assert_close(deform_conv2d(**arguments, border=border), deform_conv2d_by_hand(**arguments, border=border), rtol=0, atol=1e-12)
+    expected = deform_conv2d_by_hand(**arguments, border=border)
+    torch.testing.assert_close(deform_conv2d(**arguments, border=border), expected, rtol=0, atol=1e-12)
 
 
 def test_a_tap_moved_by_half_a_pixel_reads_the_mean_of_two():
@@ -97,13 +99,14 @@ def test_offsets_come_in_pairs_of_dy_dx_tap_by_tap():
     assert not moved[:, :, -1].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2, "padding": 2}, {"groups": 2}, {"offset_groups": 2}, {"offset_groups": 4}],
-                         ids=["plain", "strided", "dilated", "groups", "two offset groups", "four"])
+@pytest.mark.parametrize("options", [
+    {}, {"stride": 2}, {"dilation": 2, "padding": 2}, {"groups": 2}, {"offset_groups": 2}, {"offset_groups": 4},
+], ids=["plain", "strided", "dilated", "groups", "two offset groups", "four"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_zero_offsets_are_a_convolution_to_the_bit(options, dtype):
     arguments = case(**options, spread=0, dtype=dtype)
-    plain = F.conv2d(arguments["input"], arguments["weight"], arguments["bias"], arguments["stride"], arguments["padding"], arguments["dilation"],
-                     options.get("groups", 1))
+    settings = (arguments[name] for name in ("input", "weight", "bias", "stride", "padding", "dilation"))
+    plain = F.conv2d(*settings, options.get("groups", 1))
     assert torch.equal(deform_conv2d(**arguments), plain)
     arguments["mask"] = torch.ones_like(arguments["offset"][:, ::2])          # sampled, not recognised as plain
     torch.testing.assert_close(deform_conv2d(**arguments), plain)
@@ -156,9 +159,10 @@ def test_bands_of_any_size_give_the_same(options, band_bytes, monkeypatch):
 def test_deform_conv2d_keeps_the_contract_of_an_op(masked):
     arguments = case(channels=2, outputs=2, size=(4, 5), masked=masked, dtype=torch.float32)
     input, offset, weight, bias, *mask = leaves(arguments)
-    check_op(lambda input, offset, weight, bias, *mask: deform_conv2d(input, offset, weight, bias, padding=1, mask=mask[0] if mask else None),
+    check_op(lambda input, offset, weight, bias, mask=None: deform_conv2d(input, offset, weight, bias, padding=1, mask=mask),
              [input, offset, weight, bias, *mask], empty=[input[:0], offset[:0], weight, bias, *(value[:0] for value in mask)])
-    torch.library.opcheck(torch.ops.visionkit.deform_conv2d.default, (input, offset, mask[0] if mask else None, weight, bias, [1, 1], [1, 1], [1, 1], "fade"))
+    torch.library.opcheck(torch.ops.visionkit.deform_conv2d.default,
+                          (input, offset, mask[0] if mask else None, weight, bias, [1, 1], [1, 1], [1, 1], "fade"))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
@@ -234,7 +238,8 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients():
     ({"border": "reflect"}, "'fade'.*'clamp'.*got 'reflect'"),
     ({"stride": 0}, "stride and dilation must be positive"),
     ({"dilation": 4, "offset": torch.zeros(2, 18, 1, 1).double()}, "larger than the padded input of 7x8"),
-], ids=["input", "weight", "offset channels", "offset groups", "offset size", "mask", "bias", "dtype", "device", "border", "stride", "too small"])
+], ids=["input", "weight", "offset channels", "offset groups", "offset size", "mask", "bias", "dtype", "device", "border", "stride",
+        "too small"])
 def test_deform_conv2d_tells_what_is_wrong(change, message):
     with pytest.raises(ValueError, match=message):
         deform_conv2d(**case() | change)

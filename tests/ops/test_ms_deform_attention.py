@@ -16,9 +16,11 @@ def case(images=2, queries=5, heads=3, channels=4, points=2, shapes=SHAPES, dtyp
     spatial_shapes = torch.tensor(shapes)
     sizes = spatial_shapes.prod(1)
     value = torch.randn(images, int(sizes.sum()), heads, channels, generator=generator, dtype=torch.float64)
-    locations = torch.rand(images, queries, heads, len(shapes), points, 2, generator=generator, dtype=torch.float64) * (1 + 2 * spread) - spread
+    locations = torch.rand(images, queries, heads, len(shapes), points, 2, generator=generator, dtype=torch.float64)
+    locations = locations * (1 + 2 * spread) - spread
     weights = torch.rand(images, queries, heads, len(shapes) * points, generator=generator, dtype=torch.float64).softmax(-1)
-    return [value.to(dtype), spatial_shapes, sizes.cumsum(0) - sizes, locations.to(dtype), weights.unflatten(-1, (len(shapes), points)).to(dtype)]
+    weights = weights.unflatten(-1, (len(shapes), points))
+    return [value.to(dtype), spatial_shapes, sizes.cumsum(0) - sizes, locations.to(dtype), weights.to(dtype)]
 
 
 def ms_deform_attn_by_hand(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
@@ -50,7 +52,8 @@ def ms_deform_attn_by_grid_sample(value, spatial_shapes, level_start_index, samp
 
 def test_half_way_between_four_pixels_is_their_mean():
     value = torch.tensor([1.0, 2, 3, 6]).view(1, 4, 1, 1)
-    output = ms_deform_attn(value, torch.tensor([[2, 2]]), torch.tensor([0]), torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1))
+    centre = torch.full((1, 1, 1, 1, 1, 2), 0.5)
+    output = ms_deform_attn(value, torch.tensor([[2, 2]]), torch.tensor([0]), centre, torch.ones(1, 1, 1, 1, 1))
     assert output.item() == 3
 
 

@@ -153,6 +153,6 @@ def test_ps_roi_pool_gives_torchvisions_numbers_and_inside_its_gradients():
     input, rois = case()
     input.requires_grad_()
     torch.testing.assert_close(ps_roi_pool(input, rois, 3, 1 / 8), peer(input, rois, 3, 1 / 8), rtol=0, atol=1e-12)
-    inside = rois[:1]                                                         # at the border torchvision's gradient is not that of its values
+    inside = rois[:1]                                                         # at the border torchvision's gradient is another one
     grads = [torch.autograd.grad(pool(input, inside, 3, 1 / 8).square().sum(), input)[0] for pool in (ps_roi_pool, peer)]
     torch.testing.assert_close(*grads, rtol=0, atol=1e-12)

@@ -6,8 +6,7 @@ instead of one of all their corners: each corner of a cell collects its share in
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -83,13 +82,3 @@ def scatter_corners(cells: Tensor, weights: Sequence[Tensor], steps: Sequence[in
     for weight, step in zip(weights, steps, strict=True):
         share = F.embedding_bag(row, grads, starts, mode="sum", per_sample_weights=weight.flatten().index_select(0, order))
         total[first + step:last + step + 1] += share
-
-
-def bands(batch: int, rows: int, row_bytes: int, budget: int) -> Iterator[tuple[slice, slice]]:
-    """Cut `batch` x `rows` of output into pieces of whole images, or of rows of one image, that each cost at most `budget` bytes."""
-    images = max(1, min(batch, budget // max(rows * row_bytes, 1)))
-    pieces = math.ceil(rows * row_bytes / budget) if images == 1 else 1
-    step = max(math.ceil(rows / max(pieces, 1)), 1)                         # pieces of one size: a narrow last one costs as much as a wide one
-    for image in range(0, batch, images):
-        for row in range(0, rows, step):
-            yield slice(image, min(image + images, batch)), slice(row, min(row + step, rows))

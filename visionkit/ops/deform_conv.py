@@ -2,8 +2,8 @@
 
     y(p) = sum over taps k of  w_k . m_k(p) x(p + p_k + dp_k(p))
 
-Sampling makes columns [positions, taps * channels], one matrix product makes the output of them. Both go through the image in bands, so that
-the columns of the whole image never exist.
+Sampling makes columns [positions, taps * channels], one matrix product makes the output of them. Both go through the image in bands, so
+that the columns of the whole image never exist.
 """
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from visionkit.registry import OPS
 # B images, C channels, H x W pixels, N x M output pixels, K kernel taps, G offset groups, P output pixels of a band
 
 _BAND_BYTES = 20 << 20      # what sampling a band of output rows may take
+_GPU_BAND_BYTES = 256 << 20
 
 
 def deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | tuple[int, int] = 1,
@@ -32,17 +33,19 @@ def deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | 
 
     Args:
         input: [B, C, H, W].
-        offset: [B, 2 * G * kh * kw, N, M] displacements in pixels of `input`: G groups of kh * kw taps, (dy, dx) for each, taps row by row. Group g moves
-            the taps in the g-th of G blocks of channels. G follows from the shape.
+        offset: [B, 2 * G * kh * kw, N, M] displacements in pixels of `input`: G groups of kh * kw taps, row by row, (dy, dx) for each.
+            Group g moves the taps in the g-th of G blocks of channels. G follows from the shape.
         weight: [C_out, C / groups, kh, kw]; the number of groups follows from the shape.
         bias: [C_out].
         stride, padding, dilation: as in `torch.nn.functional.conv2d`.
         mask: [B, G * kh * kw, N, M] modulation of each tap (DCNv2), usually a sigmoid; None is DCNv1.
-        border: 'fade', between the outermost pixel and one pixel outside a sample fades to 0, as in torchvision and mmcv; or 'clamp', a sample in the
-            last pixel row or column takes that pixel's value, and outside of [0, H) x [0, W) it is 0, as in the DCNv1 authors' code.
+        border: 'fade', between the outermost pixel and one pixel outside a sample fades to 0, as in torchvision and mmcv; or 'clamp', a
+            sample in the last pixel row or column takes that pixel's value, and outside of [0, H) x [0, W) it is 0, as in the DCNv1
+            authors' code.
 
     Returns:
-        [B, C_out, N, M] in the dtype of `input` and its memory format.
+        [B, C_out, N, M] in the dtype of `input` and its memory format. On a CPU, offsets that are all zero give what `conv2d` gives, to
+        the bit.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown border.
@@ -50,8 +53,9 @@ def deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | 
     if torch.is_autocast_enabled(input.device.type):                        # as a convolution; positions keep their precision
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    geometry = _check(input, offset, weight, bias, _pair(stride), _pair(padding), _pair(dilation), mask, border)
-    return torch.ops.visionkit.deform_conv2d(input, offset, mask, weight, bias, geometry.stride, geometry.padding, geometry.dilation, border)
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    _check(input, offset, weight, bias, stride, padding, dilation, mask, border)
+    return torch.ops.visionkit.deform_conv2d(input, offset, mask, weight, bias, stride, padding, dilation, border)
 
 
 class Geometry(NamedTuple):
@@ -70,7 +74,7 @@ class Geometry(NamedTuple):
 
 
 def _check(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
-           dilation: tuple[int, int], mask: Tensor | None, border: str) -> Geometry:
+           dilation: tuple[int, int], mask: Tensor | None, border: str) -> None:
     for name, value in (("input", input), ("offset", offset), ("weight", weight)):
         if value.ndim != 4:
             raise ValueError(f"deform_conv2d needs a 4-dimensional {name}, got {list(value.shape)}")
@@ -83,29 +87,30 @@ def _check(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, s
     if border not in ("fade", "clamp"):
         raise ValueError(f"border must be 'fade' (torchvision, mmcv) or 'clamp' (the DCNv1 authors), got {border!r}")
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
-        raise ValueError(f"stride and dilation must be positive and padding not negative, got stride {stride}, dilation {dilation}, padding {padding}")
+        raise ValueError(f"stride and dilation must be positive and padding not negative, got stride {stride}, dilation {dilation}, "
+                         f"padding {padding}")
     batch, channels, height, width = input.shape
     outputs, group_channels, *kernel = weight.shape
     if not group_channels or channels % group_channels or outputs % (channels // group_channels):
-        raise ValueError(f"weight {list(weight.shape)} does not fit input {list(input.shape)}: {channels} channels must be a multiple of weight.shape[1], and "
-                         f"weight.shape[0] of the number of groups")
+        raise ValueError(f"weight {list(weight.shape)} does not fit input {list(input.shape)}: {channels} channels must be a multiple of "
+                         f"weight.shape[1], and weight.shape[0] of the number of groups")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias must be [{outputs}], one for each output channel, got {list(bias.shape)}")
     taps = math.prod(kernel)
     offset_groups = offset.shape[1] // (2 * taps)
     if not offset_groups or offset.shape[1] % (2 * taps) or channels % offset_groups:
-        raise ValueError(f"offset must have 2 * G * {taps} channels, (dy, dx) for each of {kernel[0]}x{kernel[1]} taps, with a G that divides {channels} input "
-                         f"channels; got {offset.shape[1]}")
-    geometry = Geometry(tuple(kernel), stride, padding, dilation, offset_groups, border)
-    size = geometry.output_size(height, width)
+        raise ValueError(f"offset must have 2 * G * {taps} channels, (dy, dx) for each of {kernel[0]}x{kernel[1]} taps, with a G that "
+                         f"divides {channels} input channels; got {offset.shape[1]}")
+    size = Geometry(tuple(kernel), stride, padding, dilation, offset_groups, border).output_size(height, width)
     if min(size) < 0:
         raise ValueError(f"a kernel of {kernel[0]}x{kernel[1]} with dilation {dilation} is larger than the padded input of "
                          f"{height + 2 * padding[0]}x{width + 2 * padding[1]} pixels")
     if offset.shape != (batch, offset.shape[1], *size):
-        raise ValueError(f"offset must be [{batch}, 2 * G * {taps}, {size[0]}, {size[1]}] for this input and stride, got {list(offset.shape)}")
+        raise ValueError(f"offset must be [{batch}, 2 * G * {taps}, {size[0]}, {size[1]}] for this input and stride, "
+                         f"got {list(offset.shape)}")
     if mask is not None and mask.shape != (batch, offset_groups * taps, *size):
-        raise ValueError(f"mask must be [{batch}, {offset_groups * taps}, {size[0]}, {size[1]}], one for each pair of offsets, got {list(mask.shape)}")
-    return geometry
+        raise ValueError(f"mask must be [{batch}, {offset_groups * taps}, {size[0]}, {size[1]}], one for each pair of offsets, "
+                         f"got {list(mask.shape)}")
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -161,8 +166,8 @@ class Sampler:
         return torch.empty_like(self.input).copy_(grad), self.grad_offset, self.grad_mask
 
     def _cells(self, images: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """Of each sample, flat: table row of its cell's first corner, weights of the lower and the right corners, mask, and whether it moves
-        with its offset along y and along x."""
+        """Of each sample, flat: table row of its cell's first corner, weights of the lower and the right corners, mask, and whether its
+        value changes with its offset along y and along x."""
         geometry, working = self.geometry, self.table.dtype
         kernel, groups = geometry.kernel, geometry.offset_groups
         height, width = self.input.shape[2:]
@@ -211,7 +216,8 @@ class Sampler:
 def _deform_conv2d(input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, stride: Sequence[int],
                    padding: Sequence[int], dilation: Sequence[int], border: str) -> Tensor:
     groups = input.shape[1] // weight.shape[1]
-    if input.device.type == "cpu" and mask is None and not offset.any():    # a fresh layer is a convolution, to the bit; on CUDA it would wait
+    # a fresh layer is a convolution, to the bit; on CUDA looking would wait, and a CPU may lack a convolution in float16
+    if input.device.type == "cpu" and input.dtype != torch.float16 and mask is None and not offset.any():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     output = _empty_output(input, offset, weight)
     if not output.numel():
@@ -221,7 +227,8 @@ def _deform_conv2d(input: Tensor, offset: Tensor, mask: Tensor | None, weight: T
     bias = None if bias is None else bias.to(kernel.dtype)
     for images, rows in _bands(input, offset, weight):
         columns = _columns(sampler, images, rows, offset, kernel, groups)
-        output[images, :, rows] = F.conv2d(columns, kernel, bias, groups=groups)      # oneDNN, where a product of matrices would be MKL: a fifth faster
+        # as a 1x1 convolution, since oneDNN is a fifth faster than the library behind a matrix product
+        output[images, :, rows] = F.conv2d(columns, kernel, bias, groups=groups)
     return output
 
 
@@ -285,9 +292,17 @@ def _sampler(input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor,
 
 
 def _bands(input: Tensor, offset: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    groups = offset.shape[1] // (2 * math.prod(weight.shape[2:]))
-    position_bytes = math.prod(weight.shape[2:]) * (4 * input.shape[1] + 128 * groups)        # columns, and what it takes to compute them
-    return bilinear.bands(len(input), offset.shape[2], offset.shape[3] * position_bytes, _BAND_BYTES)
+    """Images and rows of output, in pieces of whole images or of rows of one image."""
+    batch, rows, columns, taps = len(input), *offset.shape[2:], math.prod(weight.shape[2:])
+    sample_bytes = 4 * input.shape[1] + 128 * (offset.shape[1] // (2 * taps))                      # and what it takes to compute them
+    row_bytes = columns * taps * sample_bytes
+    budget = _BAND_BYTES if input.device.type == "cpu" else _GPU_BAND_BYTES
+    images = max(1, min(batch, budget // max(rows * row_bytes, 1)))
+    pieces = math.ceil(rows * row_bytes / budget) if images == 1 else 1
+    step = max(math.ceil(rows / max(pieces, 1)), 1)                         # of one size: a narrow last one would cost as much
+    for image in range(0, batch, images):
+        for row in range(0, rows, step):
+            yield slice(image, min(image + images, batch)), slice(row, min(row + step, rows))
 
 
 def _empty_output(input: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
@@ -335,8 +350,8 @@ class _DeformConv(nn.Module):
 
     def extra_repr(self) -> str:
         outputs, channels, *kernel = self.weight.shape
-        return (f"{channels}, {outputs}, kernel_size={tuple(kernel)}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-                f"border={self.border!r}")
+        return (f"{channels}, {outputs}, kernel_size={tuple(kernel)}, stride={self.stride}, padding={self.padding}, "
+                f"dilation={self.dilation}, border={self.border!r}")
 
 
 @OPS.register_module()
@@ -356,8 +371,8 @@ class DeformConv2d(_DeformConv):
 class DeformConv2dPack(_DeformConv):
     """Deformable convolution that computes its own offsets (DCNv1, sec. 2.1).
 
-    The offset branch is a convolution of the same kernel, stride, padding and dilation on the same input. Its weights start at zero, so the layer starts
-    as an ordinary convolution with the same `weight` and `bias`.
+    The offset branch is a convolution of the same kernel, stride, padding and dilation on the same input. Its weights start at zero, so the
+    layer starts as an ordinary convolution with the same `weight` and `bias`.
 
     Args:
         offset_groups: groups of channels that are displaced together.
@@ -378,8 +393,8 @@ class DeformConv2dPack(_DeformConv):
 class ModulatedDeformConv2dPack(_DeformConv):
     """Deformable convolution that computes its own offsets and modulation (DCNv2, sec. 3.1).
 
-    As `DeformConv2dPack`, with a third output of the branch for each tap: its sigmoid is the mask, 0.5 at the start, so that the layer starts as
-    half an ordinary convolution.
+    As `DeformConv2dPack`, with a third output of the branch for each tap: its sigmoid is the mask, 0.5 at the start, so that the layer
+    starts as half an ordinary convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = 1,

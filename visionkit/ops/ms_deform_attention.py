@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Zhu et al. 2021, Deformable DETR, arXiv:2010.04159, eq. 3).
 
-Each query and head reads a few points on each level of a feature pyramid, bilinearly, and sums them with its attention weights: one bag of 4 L P
-rows.
+Each query and head reads a few points on each level of a feature pyramid, bilinearly, and sums them with its attention weights: one bag of
+4 L P rows.
 """
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def ms_deform_attn(value: Tensor, spatial_shapes: Tensor, level_start_index: Ten
         value: [N, S, M, D], the levels one after the other, each row by row.
         spatial_shapes: [L, 2] int64, (H_l, W_l).
         level_start_index: [L] int64, where each level starts in S.
-        sampling_locations: [N, Q, M, L, P, 2] as (x, y), 0 and 1 being the outer edges of the first and the last pixel; outside, samples fade to 0
-            over one pixel.
+        sampling_locations: [N, Q, M, L, P, 2] as (x, y), 0 and 1 being the outer edges of the first and the last pixel; outside, samples
+            fade to 0 over one pixel.
         attention_weights: [N, Q, M, L, P], usually a softmax over the L * P points.
 
     Returns:
@@ -59,10 +59,11 @@ def _check(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sam
     levels = len(spatial_shapes)
     expected = (images, sampling_locations.shape[1], heads, levels, sampling_locations.shape[4], 2)
     if sampling_locations.shape != expected:
-        raise ValueError(f"sampling_locations must be [N, Q, M, L, P, 2] = {list(expected)} for value {list(value.shape)} and {levels} levels, got "
-                         f"{list(sampling_locations.shape)}")
+        raise ValueError(f"sampling_locations must be [N, Q, M, L, P, 2] = {list(expected)} for value {list(value.shape)} and {levels} "
+                         f"levels, got {list(sampling_locations.shape)}")
     if attention_weights.shape != expected[:-1]:
-        raise ValueError(f"attention_weights must be {list(expected[:-1])}, one for each sampling location, got {list(attention_weights.shape)}")
+        raise ValueError(f"attention_weights must be {list(expected[:-1])}, one for each sampling location, "
+                         f"got {list(attention_weights.shape)}")
     if level_start_index.shape != (levels,):
         raise ValueError(f"level_start_index must be [{levels}], one for each level, got {list(level_start_index.shape)}")
 
@@ -130,7 +131,8 @@ def _ms_deform_attn_backward(grad: Tensor, value: Tensor, spatial_shapes: Tensor
 
 @_ms_deform_attn_backward.register_fake
 def _(grad, value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (value, sampling_locations, attention_weights))
+    variables = (value, sampling_locations, attention_weights)
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in variables)
 
 
 def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
@@ -152,8 +154,8 @@ class _Pyramid:
         self.value, self.sizes, self.starts = value, spatial_shapes.tolist(), level_start_index.tolist()
         for (height, width), start in zip(self.sizes, self.starts, strict=True):
             if start < 0 or start + height * width > value.shape[1]:
-                raise ValueError(f"a level of {height}x{width} pixels that starts at {start} does not lie in the {value.shape[1]} pixels of value; check "
-                                 f"spatial_shapes and level_start_index")
+                raise ValueError(f"a level of {height}x{width} pixels that starts at {start} does not lie in the {value.shape[1]} "
+                                 f"pixels of value; check spatial_shapes and level_start_index")
         images, _, self.heads, channels = value.shape
         self.rows = [images * (height + 2) * (width + 2) * self.heads for height, width in self.sizes]
         self.table = value.new_zeros(sum(self.rows), channels, dtype=torch.promote_types(value.dtype, torch.float32))
@@ -173,7 +175,8 @@ class _Pyramid:
         self.map_starts = image[:, None, None, None] * image_rows + level_starts + head[:, None]            # [N, 1, M, L * P]
 
     def positions(self, locations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each sample, [N, Q, M, L * P]: row and column of its cell's first corner in its padded map, weights of the lower and right corners."""
+        """Of each sample, [N, Q, M, L * P]: row and column of its cell's first corner in its padded map, and the weights of the lower and
+        right corners."""
         x, y = locations.flatten(3, 4).to(self.table.dtype).unbind(-1)
         low_y, upper_y = bilinear.axis_cells(y * self.heights - 0.5, self.heights)
         low_x, upper_x = bilinear.axis_cells(x * self.widths - 0.5, self.widths)

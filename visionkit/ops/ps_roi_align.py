@@ -1,4 +1,4 @@
-"""Position-sensitive RoIAlign: the bins of R-FCN (Dai et al. 2016, arXiv:1605.06409), sampled as RoIAlign does (Li et al. 2017, Light-Head R-CNN, arXiv:1711.07264)."""
+"""Position-sensitive RoIAlign: the bins of R-FCN (Dai et al. 2016, arXiv:1605.06409), sampled as RoIAlign does (arXiv:1703.06870)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -46,7 +46,8 @@ def ps_roi_align(input: Tensor, boxes: Tensor | list[Tensor], output_size: int |
 class PSRoIAlign(nn.Module):
     """`ps_roi_align` with its settings kept."""
 
-    def __init__(self, output_size: int | tuple[int, int], spatial_scale: float = 1.0, sampling_ratio: int = -1, bin_major: bool = False) -> None:
+    def __init__(self, output_size: int | tuple[int, int], spatial_scale: float = 1.0, sampling_ratio: int = -1,
+                 bin_major: bool = False) -> None:
         super().__init__()
         self.output_size = output_size
         self.spatial_scale = spatial_scale
@@ -62,7 +63,8 @@ class PSRoIAlign(nn.Module):
 
 
 @torch.library.custom_op("visionkit::ps_roi_align", mutates_args=())
-def _ps_roi_align(input: Tensor, rois: Tensor, rows: int, columns: int, spatial_scale: float, sampling_ratio: int, bin_major: bool) -> Tensor:
+def _ps_roi_align(input: Tensor, rois: Tensor, rows: int, columns: int, spatial_scale: float, sampling_ratio: int,
+                  bin_major: bool) -> Tensor:
     if triton := kernels("ps_roi_align", input):
         return triton.forward(input, rois, rows, columns, spatial_scale, sampling_ratio, bin_major)
     layout = ScoreMapTable.of(input, rows * columns, bin_major=bin_major)

@@ -27,8 +27,8 @@ def ps_roi_pool(input: Tensor, boxes: Tensor | list[Tensor], output_size: int | 
         boxes: [R, 5] as (image index, x1, y1, x2, y2) or one [R_i, 4] an image; input pixels divided by `spatial_scale`.
         output_size: (P, Q) rows and columns of bins.
         spatial_scale: feature pixels an image pixel, 1 / stride.
-        rule: which pixels a RoI covers. 'torchvision' rounds its scaled corners and never reads the last row and column of the map; 'r_fcn', the authors'
-            rule, rounds corners to image pixels, takes the lower right pixel as inside, and reads all of the map.
+        rule: which pixels a RoI covers. 'torchvision' rounds its scaled corners and never reads the last row and column of the map;
+            'r_fcn', the authors' rule, rounds corners to image pixels, takes the lower right pixel as inside, and reads all of the map.
         bin_major: class c of bin (i, j) is channel (i * Q + j) * C + c instead; such maps in channels-last memory are read without a copy.
 
     Returns:
@@ -49,7 +49,8 @@ def ps_roi_pool(input: Tensor, boxes: Tensor | list[Tensor], output_size: int | 
 class PSRoIPool(nn.Module):
     """`ps_roi_pool` with its settings kept."""
 
-    def __init__(self, output_size: int | tuple[int, int], spatial_scale: float = 1.0, rule: str = "torchvision", bin_major: bool = False) -> None:
+    def __init__(self, output_size: int | tuple[int, int], spatial_scale: float = 1.0, rule: str = "torchvision",
+                 bin_major: bool = False) -> None:
         super().__init__()
         self.output_size = output_size
         self.spatial_scale = spatial_scale
@@ -117,8 +118,8 @@ def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
-    grad_input = torch.ops.visionkit.ps_roi_pool_backward(grad, *ctx.saved_tensors, ctx.batch, ctx.height, ctx.width, ctx.spatial_scale, ctx.rule,
-                                                          ctx.bin_major, ctx.channels_last)
+    grad_input = torch.ops.visionkit.ps_roi_pool_backward(grad, *ctx.saved_tensors, ctx.batch, ctx.height, ctx.width, ctx.spatial_scale,
+                                                          ctx.rule, ctx.bin_major, ctx.channels_last)
     return grad_input, *[None] * 6
 
 

@@ -1,4 +1,4 @@
-"""Position-sensitive score maps (Dai et al. 2016, R-FCN, arXiv:1605.06409, sec. 2): K maps for each class, one for each bin of a k x k grid.
+"""Position-sensitive score maps (Dai et al. 2016, R-FCN, arXiv:1605.06409, sec. 2): K maps for each class, one for each bin of a grid.
 
 As a table, each row holds all classes at one pixel for one bin, so that a bin reads whole rows.
 """
@@ -60,8 +60,8 @@ def check_score_maps(op: str, input: Tensor, rows: int, columns: int) -> None:
     """Raise a ValueError unless `input` [B, channels, H, W] has a map for each class and bin."""
     bins = rows * columns
     if input.shape[1] % bins:
-        raise ValueError(f"{op} with {rows}x{columns} bins needs a multiple of {bins} channels, got {input.shape[1]}; set the channels of the layer "
-                         f"before it to num_classes * {bins}")
+        raise ValueError(f"{op} with {rows}x{columns} bins needs a multiple of {bins} channels, got {input.shape[1]}; set the channels of "
+                         f"the layer before it to num_classes * {bins}")
 
 
 def cells_by_bin(grad: Tensor) -> Tensor:
