@@ -4,7 +4,7 @@ import torch
 from visionkit.ops.deform_conv import deform_conv2d
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform", exc_type=ImportError)
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")         # NumPy's, in the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")            # NumPy's, interpreting
 
 SIZE, KERNEL = (5, 6), (3, 2)
 
@@ -13,9 +13,10 @@ def inputs(channels=4, *, offset_groups=1, dtype=torch.float32, out=(5, 7), weig
     """Input, weight, offset and mask of a convolution with a padding of 1."""
     generator = torch.Generator().manual_seed(0)
     taps = KERNEL[0] * KERNEL[1]
-    shapes = (2, channels, *SIZE), (4, weight_channels or channels, *KERNEL), (2, 2 * offset_groups * taps, *out), (2, offset_groups * taps, *out)
-    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    tensors[2] *= 2                                                          # far enough for many to fall outside
+    x = torch.randn(2, channels, *SIZE, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(4, weight_channels or channels, *KERNEL, generator=generator)
+    offset = torch.randn(2, 2 * offset_groups * taps, *out, generator=generator) * 2        # far enough for many to fall outside
+    tensors = x, weight, offset, torch.randn(2, offset_groups * taps, *out, generator=generator)
     return [tensor.to(dtype).requires_grad_() for tensor in tensors]
 
 
@@ -35,11 +36,13 @@ def test_kernels_agree_with_the_portable_tier(assert_tiers_agree, modulated, bor
 @pytest.mark.parametrize("channels, offset_groups", [(1, 1), (8, 2), (20, 4), (81, 3), (300, 1)])
 def test_channels_come_in_groups_and_blocks(assert_tiers_agree, channels, offset_groups):
     x, weight, offset, mask = inputs(channels, offset_groups=offset_groups, out=(1, 2))
-    assert_tiers_agree(lambda *tensors: convolve(*tensors, stride=(5, 4)), x, weight, offset, mask, rtol=1e-4, atol=2e-4 if channels == 300 else 3e-5)
+    atol = 2e-4 if channels == 300 else 3e-5
+    assert_tiers_agree(lambda *tensors: convolve(*tensors, stride=(5, 4)), x, weight, offset, mask, rtol=1e-4, atol=atol)
 
 
 def test_strides_dilations_and_groups_of_the_convolution_are_kept(assert_tiers_agree):
-    assert_tiers_agree(lambda *tensors: convolve(*tensors, stride=(1, 2), padding=(2, 0), dilation=(3, 2)), *inputs(out=(3, 2)), **TOLERANCE)
+    settings = {"stride": (1, 2), "padding": (2, 0), "dilation": (3, 2)}
+    assert_tiers_agree(lambda *tensors: convolve(*tensors, **settings), *inputs(out=(3, 2)), **TOLERANCE)
     assert_tiers_agree(convolve, *inputs(8, offset_groups=2, weight_channels=2), **TOLERANCE)
 
 
@@ -50,7 +53,7 @@ def test_bands_of_rows_make_the_same_as_the_whole(assert_tiers_agree, monkeypatc
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_samples_are_right(assert_tiers_agree, dtype):
-    assert_tiers_agree(convolve, *inputs(8, dtype=dtype), rtol=0.05, atol=0.1)        # columns are rounded to the type here, not in the portable tier
+    assert_tiers_agree(convolve, *inputs(8, dtype=dtype), rtol=0.05, atol=0.1)          # columns of kernels are rounded to the type
 
 
 def test_offsets_may_be_in_float32_where_the_input_is_not(assert_tiers_agree):
@@ -61,8 +64,10 @@ def test_offsets_may_be_in_float32_where_the_input_is_not(assert_tiers_agree):
 
 def test_memory_order_makes_no_difference(assert_tiers_agree):
     x, *others = inputs()
-    assert_tiers_agree(convolve, x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(), *others, **TOLERANCE)
-    assert_tiers_agree(lambda x, *others: convolve(x[..., ::2], *others), x.detach().repeat_interleave(2, 3).requires_grad_(), *others, **TOLERANCE)
+    x = x.detach().contiguous()
+    assert_tiers_agree(convolve, x.requires_grad_(), *others, **TOLERANCE)
+    x = x.detach().repeat_interleave(2, 3)
+    assert_tiers_agree(lambda x, *others: convolve(x[..., ::2], *others), x.requires_grad_(), *others, **TOLERANCE)
 
 
 @pytest.mark.parametrize("border", ["fade", "clamp"])

