@@ -130,23 +130,46 @@ def test_every_case_names_an_op_and_no_bar_is_missing():
     assert all(hasattr(visionkit.ops, case.op) for case in CASES)
 
 
-def test_implementations_take_turns():
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only goes on when a run says how long it takes."""
+    now = [0.0]
+    monkeypatch.setattr(op_benchmark.time, "perf_counter", lambda: now[0])
+
+    def take(seconds):
+        now[0] += seconds
+    return take
+
+
+def test_implementations_take_turns(clock):
     order = []
-
-    def run(name):
-        order.append(name)
-        time.sleep(0.011)                                    # long enough to be called once a timing
-    seconds = in_turns([lambda: run("ours"), lambda: run("peer")], repeats=3)
+    seconds = in_turns([lambda: order.append("ours") or clock(0.01), lambda: order.append("peer") or clock(0.03)], repeats=3)
     assert order == ["ours", "peer"] * 4                     # the first of each tells how often to call
-    assert len(seconds) == 3
-    assert all(0.011 <= value < 0.1 for turn in seconds for value in turn)
+    assert seconds == [pytest.approx([0.01, 0.03])] * 3
 
 
-def test_what_takes_microseconds_is_called_many_times_a_timing():
+def test_what_takes_a_moment_is_called_many_times_a_timing(clock):
     calls = []
-    (seconds,), = in_turns([lambda: calls.append(1) or time.sleep(0.0005)], repeats=1)
-    assert len(calls) > 5
-    assert seconds < 0.005
+    (seconds,), = in_turns([lambda: calls.append(1) or clock(0.002)], repeats=1)
+    assert len(calls) == 1 + 5
+    assert seconds == pytest.approx(0.002)
+
+
+def test_the_ratio_says_how_many_times_faster_ours_is_and_its_bar_is_about_one_peer(clock, monkeypatch):
+    monkeypatch.setattr(visionkit.ops, "wait", lambda x: clock(0.02) or x, raising=False)
+    monkeypatch.setattr(op_benchmark, "peers", lambda op: {name: lambda x, s=seconds: clock(s) or x
+                                                           for name, seconds in {"mmcv": 0.01, "torchvision": 0.06}.items()})
+    slower, faster = measure(Case("wait", "", lambda: (torch.ones(1),), bars=(2,)), repeats=1, memory=False)
+    assert [slower.peer, slower.times_faster, slower.bar] == ["mmcv", pytest.approx(0.5), None]
+    assert [faster.peer, faster.times_faster, faster.bar] == ["torchvision", pytest.approx(3), 2]
+    assert [faster.ours_seconds, faster.peer_seconds] == pytest.approx([0.02, 0.06])
+
+
+def test_a_case_has_the_same_values_each_time_in_the_type_asked_for():
+    first, again = (TINY[0].arguments("cpu", torch.float64) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    assert [first[0].dtype, first[0].requires_grad, first[1].requires_grad, first[2]] == [torch.float64, True, False, 2]
+    assert TINY[1].arguments("cpu", torch.bfloat16)[1].dtype == torch.bfloat16
 
 
 def test_a_difference_counts_by_the_size_of_the_values():
@@ -166,8 +189,10 @@ def test_a_call_gives_results_or_gradients():
     assert not results[0].requires_grad
     call = Call(lambda x, y: (x * y, torch.arange(2)), (x, y), "forward + backward")
     gradient, = call()
-    assert torch.equal(gradient, y * call.incoming[0])
-    assert torch.equal(call()[0], gradient)                  # the same noise comes in each time
+    noise = call.incoming
+    assert torch.equal(gradient, y * noise[0])
+    assert torch.equal(call()[0], gradient)
+    assert call.incoming is noise                            # made once, before anything is timed
     assert x.grad is None
 
 
