@@ -25,8 +25,13 @@ def sample(image, y, x, border):
     return total
 
 
+def pair(value):
+    return (value, value) if isinstance(value, int) else value
+
+
 def deform_conv2d_by_hand(input, offset, weight, bias, stride, padding, dilation, mask, border="fade"):
     (batch, channels, _, _), (outputs, group_channels, kernel_h, kernel_w) = input.shape, weight.shape
+    (stride_h, stride_w), (padding_h, padding_w), (dilation_h, dilation_w) = map(pair, (stride, padding, dilation))
     groups, taps = channels // group_channels, kernel_h * kernel_w
     offset_groups = offset.shape[1] // (2 * taps)
     output = torch.zeros(batch, outputs, *offset.shape[2:], dtype=input.dtype)
@@ -37,8 +42,8 @@ def deform_conv2d_by_hand(input, offset, weight, bias, stride, padding, dilation
             block = channel // (channels // offset_groups)
             for tap in range(taps):
                 dy, dx = offset[b, (block * taps + tap) * 2:(block * taps + tap) * 2 + 2, row, column].tolist()
-                y = row * stride - padding + tap // kernel_w * dilation + dy
-                x = column * stride - padding + tap % kernel_w * dilation + dx
+                y = row * stride_h - padding_h + tap // kernel_w * dilation_h + dy
+                x = column * stride_w - padding_w + tap % kernel_w * dilation_w + dx
                 value = sample(input[b, channel], y, x, border) * weight[o, c, tap // kernel_w, tap % kernel_w].item()
                 total += value * (1.0 if mask is None else mask[b, block * taps + tap, row, column].item())
         output[b, o, row, column] = total
@@ -49,7 +54,8 @@ def case(batch=2, channels=4, outputs=4, kernel=(3, 3), groups=1, offset_groups=
          spread=2.0, dtype=torch.float64, size=(5, 6)):
     """Random arguments of `deform_conv2d`, as a dict."""
     generator = torch.Generator().manual_seed(0)
-    height, width = ((side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1 for side, taps in zip(size, kernel, strict=True))
+    height, width = ((side + 2 * pad - step * (taps - 1) - 1) // stride + 1 for side, taps, stride, pad, step
+                     in zip(size, kernel, *map(pair, (stride, padding, dilation)), strict=True))
     taps = math.prod(kernel) * offset_groups
 
     def random(*shape):
@@ -67,7 +73,7 @@ def leaves(arguments):
 CASES = {
     "v1": {}, "v2": {"masked": True}, "offset groups": {"offset_groups": 2, "masked": True}, "groups": {"groups": 2},
     "depthwise": {"groups": 4, "offset_groups": 4},
-    "strided": {"stride": 2, "padding": 0}, "dilated": {"dilation": 2, "padding": 2}, "1x1": {"kernel": (1, 1), "padding": 0},
+    "strided": {"stride": 2, "padding": 0}, "dilated": {"dilation": 2, "padding": 2}, "uneven": {"stride": (1, 2), "padding": (0, 2), "dilation": (2, 1)}, "1x1": {"kernel": (1, 1), "padding": 0},
     "1x3": {"kernel": (1, 3)}, "more outputs": {"outputs": 6, "groups": 2, "offset_groups": 4},
 }
 

@@ -20,8 +20,8 @@ class ScoreMapTable:
         self.batch, channels, self.height, self.width = shape
         self.bins, self.classes, self.pixels = bins, channels // bins, self.height * self.width
         self.bin_major, self.channels_last = bin_major, channels_last
-        self.pixel_first = channels_last                                    # table in the order [B, H * W, K, C], else [B, K, H * W, C]
-        self.bin_step, self.pixel_step = (1, bins) if self.pixel_first else (self.pixels, 1)
+        # rows in the order [B, H * W, K] of channels-last maps, else [B, K, H * W]
+        self.bin_step, self.pixel_step = (1, bins) if channels_last else (self.pixels, 1)
         self.rows = self.batch * bins * self.pixels
 
     @classmethod
@@ -45,7 +45,7 @@ class ScoreMapTable:
         channels, size = self.bins * self.classes, (self.height, self.width)
         if self.channels_last:
             maps = table.to(dtype).view(self.batch, *size, channels).permute(0, 3, 1, 2)
-            return maps if self.bin_major else torch.channel_shuffle(maps, self.bins)
+            return maps if self.bin_major else torch.channel_shuffle(maps, self.bins).contiguous(memory_format=torch.channels_last)
         maps = table.to(dtype).view(self.batch, self.bins, self.pixels, self.classes)
         maps = maps.permute(0, 1, 3, 2) if self.bin_major else maps.permute(0, 3, 1, 2)
         return maps.reshape(self.batch, channels, *size)
