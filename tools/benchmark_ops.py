@@ -75,6 +75,10 @@ def benchmark(arguments: argparse.Namespace) -> int:
     for row in rows:
         if row.problem and row.peer:
             print(f"\n{row.op}, {row.shape}, {row.passes}: {row.problem}")
+    bars = [row.times_faster >= row.bar for row in rows if row.bar and row.times_faster]
+    bars += [row.ours_bytes <= row.bytes_bar for row in rows if row.bytes_bar and row.ours_bytes]
+    if bars:
+        print(f"\n{sum(bars)} of {len(bars)} bars met")
     if arguments.json:
         _write_json(arguments.json, facts, rows)
     if status:

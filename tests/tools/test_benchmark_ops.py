@@ -1,6 +1,7 @@
 """Ours beside the peers: what is compared, how it is timed, what is printed."""
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -55,12 +56,15 @@ def test_help_is_answered_before_anything_heavy_is_imported():
     assert " torch" not in done.stderr
 
 
-def test_the_table_tells_times_bars_and_differences(tiny, tool, capsys, tmp_path):
-    threads = torch.get_num_threads()
-    assert tool("benchmark_ops", "--repeats", 3, "--no-memory", "--json", tmp_path / "out.json", "--threads", threads) == 0
-    facts, _, header, *lines = capsys.readouterr().out.splitlines()
+def test_the_table_tells_times_bars_and_differences(tiny, tool, capsys, tmp_path, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    assert tool("benchmark_ops", "--repeats", 3, "--no-memory", "--json", tmp_path / "out.json", "--threads", 7) == 0
+    assert threads == [7]
+    facts, _, header, *lines, _, summary = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in facts
-    assert facts.endswith(f"{threads} threads; cpu, float32, median of 3")
+    assert facts.endswith(f"{torch.get_num_threads()} threads; cpu, float32, median of 3")
+    assert summary == "1 of 2 bars met"
     assert header.split("  ")[0] == "op"
     words = [" ".join(line.split()) for line in lines]
     assert words[0].startswith("roi_align tiny forward ")
@@ -84,16 +88,19 @@ def test_a_result_that_differs_from_the_peers_is_reported(tiny, tool, capsys, mo
     assert "DISAGREES" in capsys.readouterr().out
 
 
-def test_an_interrupt_leaves_the_rows_so_far(tiny, tool, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_the_rows_so_far(tiny, tool, capsys, monkeypatch, number):
     def interrupted(case, **settings):
         yield next(measure(case, **settings))
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
     monkeypatch.setattr(op_benchmark, "measure", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
     assert tool("benchmark_ops", "--repeats", 1, "--no-memory") == 130
     shown = capsys.readouterr()
     assert "roi_align" in shown.out
     assert "nms" not in shown.out
     assert "stopped" in shown.err
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -244,7 +251,7 @@ def test_of_a_large_case_only_the_memory_is_measured(tool, capsys, monkeypatch):
     monkeypatch.setattr(op_benchmark, "peak_bytes", lambda case, peer, *_: dict.fromkeys(op_benchmark.PASSES, 300e6 if peer else 150e6))
     assert list(measure(large, memory=False)) == []
     assert tool("benchmark_ops") == 0
-    words = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[3:]]
+    words = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[3:-2]]
     assert words == ["nms large forward torchvision 150 300 100, MISSED", "nms large forward + backward torchvision 150 300 200, met"]
 
 
