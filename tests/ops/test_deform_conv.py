@@ -73,7 +73,9 @@ def leaves(arguments):
 CASES = {
     "v1": {}, "v2": {"masked": True}, "offset groups": {"offset_groups": 2, "masked": True}, "groups": {"groups": 2},
     "depthwise": {"groups": 4, "offset_groups": 4},
-    "strided": {"stride": 2, "padding": 0}, "dilated": {"dilation": 2, "padding": 2}, "uneven": {"stride": (1, 2), "padding": (0, 2), "dilation": (2, 1)}, "1x1": {"kernel": (1, 1), "padding": 0},
+    "strided": {"stride": 2, "padding": 0}, "dilated": {"dilation": 2, "padding": 2},
+    "uneven": {"stride": (1, 2), "padding": (0, 2), "dilation": (2, 1)},
+    "1x1": {"kernel": (1, 1), "padding": 0},
     "1x3": {"kernel": (1, 3)}, "more outputs": {"outputs": 6, "groups": 2, "offset_groups": 4},
 }
 
