@@ -83,8 +83,12 @@ def test_levels_may_lie_in_any_order_and_leave_gaps():
     value, spatial_shapes, _, locations, weights = case(shapes=[(3, 4), (2, 5)])
     first, second = value.split([12, 10], 1)
     gap = torch.full_like(value[:, :3], math.nan)
-    moved = ms_deform_attn(torch.cat([second, gap, first], 1), spatial_shapes, torch.tensor([13, 0]), locations, weights)
-    torch.testing.assert_close(moved, ms_deform_attn(value, spatial_shapes, torch.tensor([0, 12]), locations, weights))
+    moved = torch.cat([second, gap, first], 1).requires_grad_()
+    output = ms_deform_attn(moved, spatial_shapes, torch.tensor([13, 0]), locations, weights)
+    torch.testing.assert_close(output, ms_deform_attn(value, spatial_shapes, torch.tensor([0, 12]), locations, weights))
+    output.sum().backward()
+    assert not moved.grad[:, 10:13].any()
+    assert moved.grad[:, :10].any()
 
 
 @pytest.mark.parametrize("block_bytes", [1, 5000])

@@ -73,6 +73,17 @@ def test_ps_roi_pool_agrees_with_the_definition(rows, columns, rule):
 
 
 @pytest.mark.parametrize("rule", ["torchvision", "r_fcn"])
+def test_a_box_that_is_not_finite_covers_nothing(rule):
+    input, rois = case()
+    expected = ps_roi_pool(input, rois, 3, 1 / 8, rule=rule)
+    rois[1, 2], rois[2, 3] = math.nan, math.inf
+    pooled = ps_roi_pool(input.requires_grad_(), rois, 3, 1 / 8, rule=rule)
+    pooled.sum().backward()
+    assert not pooled[1:3].any()
+    assert torch.equal(pooled[3:], expected[3:])
+
+
+@pytest.mark.parametrize("rule", ["torchvision", "r_fcn"])
 def test_gradients_are_right_at_the_borders_too(rule):
     input, rois = case()
     assert torch.autograd.gradcheck(lambda x: ps_roi_pool(x, rois, 3, 1 / 8, rule=rule), input.requires_grad_())

@@ -312,7 +312,7 @@ def _empty_output(input: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
 
 
 def _kernel_1x1(weight: Tensor) -> Tensor:
-    """[C_out, K * C / groups, 1, 1], the kernel over columns, in the type that products are made in: a CPU has none for float16."""
+    """[C_out, K * C / groups, 1, 1], the kernel over columns, in the type that products are made in: float16 has none on every CPU."""
     kernel = weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1)
     return kernel.float() if kernel.dtype == torch.float16 and kernel.device.type == "cpu" else kernel
 

@@ -148,7 +148,8 @@ def _reads(layout: ScoreMapTable, rois: Tensor, rows: int, columns: int, spatial
         x, weight_x = even_samples(left[chosen], box_width[chosen], columns, samples_x, size[:, 1])            # [n, Q, 2S]
         y, x = y * (layout.width * layout.pixel_step), x * layout.pixel_step
         first = layout.first_rows(rois[chosen, 0].to(index)).view(rows, columns, -1, 1)                      # [P, Q, n, 1]
-        weight_y = weight_y * (0.0 if empty else 1.0)
+        if empty:
+            weight_y.zero_()
         reads = _spread(y, x.shape[2])[:, None] + (_repeat(x, y.shape[2])[None] + first)
         weights = _spread(weight_y, x.shape[2])[:, None] * _repeat(weight_x, y.shape[2])[None]
         yield chosen, reads.flatten(0, 2), weights.flatten(0, 2)

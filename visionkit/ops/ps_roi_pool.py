@@ -93,7 +93,7 @@ def _ps_roi_pool_backward(grad: Tensor, rois: Tensor, batch: int, height: int, w
     total = None
     working = torch.promote_types(grad.dtype, torch.float32)
     for block, reads, _, counts, window in _windows(layout, rois, rows, columns, spatial_scale, rule, working):
-        shares = cells_by_bin(grad[block]) / counts.clamp(min=1)[:, None]   # what each pixel of a window gets
+        shares = cells_by_bin(grad[block]) / counts[:, None]                # what each pixel of a window gets
         by_row = reads.argsort(stable=True)
         row_starts = F.pad(torch.bincount(reads, minlength=layout.rows).cumsum(0, dtype=reads.dtype), (1, 0))[:-1]
         part = F.embedding_bag(window.index_select(0, by_row), shares, row_starts, mode="sum")
@@ -172,5 +172,5 @@ def _edges(low: Tensor, high: Tensor, bins: int, size: int, scale: float, rule: 
         first, last = (step * bin_length).floor() + low, ((step + 1) * bin_length).ceil() + low
     else:
         first, last = (step * bin_length + low).floor(), ((step + 1) * bin_length + low).ceil()
-    first, last = (edge.clamp(0, limit).nan_to_num(0) for edge in (first, last))
-    return first.long(), torch.maximum(first, last).long()
+    first, last = (edge.clamp(0, limit).nan_to_num(0).long() for edge in (first, last))
+    return first, last
