@@ -88,11 +88,12 @@ def test_a_result_that_differs_from_the_peers_is_reported(tiny, tool, capsys, mo
     assert "DISAGREES" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_the_rows_so_far(tiny, tool, capsys, monkeypatch, number):
+@pytest.mark.parametrize("interrupt", [
+    lambda: signal.default_int_handler(signal.SIGINT, None), lambda: signal.raise_signal(signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_leaves_the_rows_so_far(tiny, tool, capsys, monkeypatch, interrupt):
     def interrupted(case, **settings):
         yield next(measure(case, **settings))
-        signal.raise_signal(number)
+        interrupt()
     monkeypatch.setattr(op_benchmark, "measure", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     assert tool("benchmark_ops", "--repeats", 1, "--no-memory") == 130
@@ -295,6 +296,13 @@ def test_the_encoder_asks_about_each_pixel():
     assert starts.tolist() == [0, 6]
     assert locations.shape == (1, 7, 8, 2, 1, 2)
     torch.testing.assert_close(weights.sum((3, 4)), torch.ones(1, 7, 8))
+
+
+def test_bins_moved_by_an_eighth_lie_where_roi_align_samples():
+    pytest.importorskip("torchvision", reason="the peer", exc_type=ImportError)
+    for op, channels in (("deform_roi_pool", 3), ("deform_ps_roi_pool", 3 * 49)):
+        arguments = (torch.randn(1, channels, 8, 8), *op_cases._moved_bins(4, 128, 128, classes=3 if "ps" in op else 1), 7, 1 / 16, 4)
+        torch.testing.assert_close(peers(op)["torchvision (plain)"](*arguments), getattr(visionkit.ops, op)(*arguments), rtol=0, atol=1e-5)
 
 
 def test_mmcvs_functions_get_their_arguments_in_their_order(monkeypatch):

@@ -70,6 +70,12 @@ def _rois(count: int, height: int, width: int) -> Tensor:
     return F.pad(boxes, (1, 0))
 
 
+def _moved_bins(count: int, height: int, width: int, classes: int = 1) -> tuple[Tensor, Tensor]:
+    """RoIs at whole pixels and offsets of their 7x7 bins, all an eighth of a bin: that moves 4x4 samples to where roi_align has them."""
+    offset = torch.full((count, 2 * classes, 7, 7), 1 / 8 / 7 / 0.1)
+    return _rois(count, height, width).round(), offset.requires_grad_()
+
+
 def _crowd(count: int, objects: int) -> tuple[Tensor, Tensor]:
     """Boxes [count, 4] and scores as a dense detector gives them: around each of some objects in an image of 800 x 1333."""
     center = torch.rand(objects, 2) * torch.tensor([1333, 800])
@@ -136,6 +142,10 @@ CASES = (
          lambda: (_maps(81 * 49, 38, 50), _rois(300, 608, 800), 7, 1 / 16), layout=_bin_major, options={"bin_major": True}),
     Case("ps_roi_pool", "21*49 channels of 38x50, 300 RoIs",
          lambda: (_maps(21 * 49, 38, 50), _rois(300, 608, 800), 7, 1 / 16), bars=(2, 1.3)),
+    Case("deform_roi_pool", "256 channels of 50x76, 512 RoIs, 7x7, 4x4 samples",
+         lambda: (_maps(256, 50, 76), *_moved_bins(512, 800, 1216), 7, 1 / 16, 4)),
+    Case("deform_ps_roi_pool", "21*49 channels of 38x50, 300 RoIs, 4x4 samples",
+         lambda: (_maps(21 * 49, 38, 50), *_moved_bins(300, 608, 800, classes=21), 7, 1 / 16, 4)),
     Case("nms", "2,000 boxes around 100 objects, IoU 0.7", lambda: (*_crowd(2000, 100), 0.7), bars=(1,)),
     Case("nms", "20,000 boxes around 500 objects, IoU 0.7", lambda: (*_crowd(20000, 500), 0.7), bars=(3,)),
     Case("nms", "20,000 boxes spread over the image, IoU 0.5", lambda: (_boxes(20000, 800, 1333), torch.rand(20000), 0.5), bars=(3,)),
@@ -153,7 +163,8 @@ CASES = (
 def peers(op: str) -> dict[str, Callable]:
     """Implementations of `op` that can be imported here, by name; each takes the arguments of ours by position."""
     found = {}
-    for name, functions in {"torchvision": _torchvision, "mmcv": _mmcv, "plain PyTorch": _plain}.items():
+    for name, functions in {"torchvision": _torchvision, "torchvision (plain)": _torchvision_plain, "mmcv": _mmcv,
+                            "plain PyTorch": _plain}.items():
         try:
             function = functions().get(op)
         except ImportError:
@@ -168,6 +179,20 @@ def _torchvision() -> dict[str, Callable]:
     names = ("batched_nms", "box_iou", "deform_conv2d", "generalized_box_iou", "nms", "ps_roi_align", "ps_roi_pool", "roi_align",
              "roi_pool", "sigmoid_focal_loss")
     return {name: getattr(ops, name) for name in names}
+
+
+def _torchvision_plain() -> dict[str, Callable]:
+    """For ops that torchvision does not have: the one that does the same without offsets, in boxes that hold the lower right pixel."""
+    from torchvision import ops
+    inside = torch.tensor([0, 0, 0, 1, 1])
+
+    def deform_roi_pool(input, boxes, offset, output_size, spatial_scale, sampling_ratio):
+        return ops.roi_align(input, boxes + inside.to(boxes), output_size, spatial_scale, sampling_ratio, True)
+
+    def deform_ps_roi_pool(input, boxes, offset, output_size, spatial_scale, sampling_ratio):
+        return ops.ps_roi_align(input, boxes + inside.to(boxes), output_size, spatial_scale, sampling_ratio)
+
+    return {"deform_roi_pool": deform_roi_pool, "deform_ps_roi_pool": deform_ps_roi_pool}
 
 
 def _mmcv() -> dict[str, Callable]:
