@@ -6,6 +6,7 @@ from visionkit.ops.nms import batched_nms, nms
 from visionkit.ops.ps_roi_align import PSRoIAlign, ps_roi_align
 from visionkit.ops.ps_roi_pool import PSRoIPool, ps_roi_pool
 from visionkit.ops.roi_align import RoIAlign, pyramid_roi_align, roi_align
+from visionkit.ops.roi_pool import RoIPool, roi_pool
 from visionkit.ops.rois import boxes_to_rois
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PSRoIAlign",
     "PSRoIPool",
     "RoIAlign",
+    "RoIPool",
     "batched_nms",
     "box_area",
     "box_iou",
@@ -28,4 +30,5 @@ __all__ = [
     "ps_roi_pool",
     "pyramid_roi_align",
     "roi_align",
+    "roi_pool",
 ]
