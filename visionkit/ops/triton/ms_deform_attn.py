@@ -124,9 +124,9 @@ def _level(shapes_ptr, starts_ptr, level, pixels):
 @triton.jit
 def _point(locations_ptr, weights_ptr, at, exists, height, width):
     """Of the point that each cell looks at: its pixel and weights along y, those along x, and its attention weight."""
-    location_x = tl.load(locations_ptr + at * 2, mask=exists, other=-1).to(tl.float32)
-    location_y = tl.load(locations_ptr + at * 2 + 1, mask=exists, other=-1).to(tl.float32)
+    where_x = tl.load(locations_ptr + at * 2, mask=exists, other=0).to(tl.float32) * width - 0.5
+    where_y = tl.load(locations_ptr + at * 2 + 1, mask=exists, other=0).to(tl.float32) * height - 0.5
     weight = tl.load(weights_ptr + at, mask=exists, other=0).to(tl.float32)
-    y, top, bottom = pixels_of_zero_padded(location_y * height - 0.5, height)
-    x, left, right = pixels_of_zero_padded(location_x * width - 0.5, width)
+    y, top, bottom = pixels_of_zero_padded(where_y, height)
+    x, left, right = pixels_of_zero_padded(tl.where(exists, where_x, -1), width)         # -1 is outside
     return y, top, bottom, x, left, right, weight

@@ -94,4 +94,4 @@ def _edges(low, high, bin, BINS: tl.constexpr, size, scale, sound, R_FCN: tl.con
         first, last = tl.floor(bin * length) + low, tl.ceil((bin + 1) * length) + low
     first = tl.where(sound, tl.minimum(tl.maximum(first, 0.0), limit), 0.0).to(tl.int32)
     last = tl.where(sound, tl.minimum(tl.maximum(last, 0.0), limit), 0.0).to(tl.int32)
-    return first, tl.maximum(first, last)
+    return first, last

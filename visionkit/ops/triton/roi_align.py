@@ -118,7 +118,7 @@ def _samples_of_cells(start, length, cell, CELLS: tl.constexpr, sampling_ratio, 
     Only with a `sampling_ratio` of -1 are any left out: there, a RoI far larger than the map, as of a model that diverges, has too many."""
     length_of_cell = tl.div_rn(length, CELLS * 1.0)                         # its ceiling must be the portable one
     count = tl.where(sampling_ratio > 0, sampling_ratio, tl.ceil(length_of_cell))
-    count = tl.where(sound & (count > 0), tl.minimum(count, 1 << 20), 0)
+    count = tl.where(sound, tl.minimum(count, 1 << 20), 0)
     start_of_cell = start + length_of_cell * cell
     a_pixel = count / length_of_cell
     first = tl.where(sampling_ratio > 0, 0, tl.floor((-1 - start_of_cell) * a_pixel - 1))
