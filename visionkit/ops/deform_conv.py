@@ -22,7 +22,7 @@ from visionkit.registry import OPS
 
 # B images, C channels, H x W pixels, N x M output pixels, K kernel taps, G offset groups, P output pixels of a band
 
-_BAND_BYTES = 20 << 20      # what sampling a band of output rows may take
+_BAND_BYTES = 24 << 20      # what sampling a band of output rows may take
 _GPU_BAND_BYTES = 256 << 20
 
 
