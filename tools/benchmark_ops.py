@@ -109,10 +109,10 @@ def _print(rows: list[dict[str, str]], markdown: bool) -> None:
     from visionkit.__main__ import print_table
     if not rows:
         return
-    columns = list(rows[0])
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
     if not markdown:
         return print_table(rows, columns)
-    for cells in (columns, ["---"] * len(columns), *(row.values() for row in rows)):
+    for cells in (columns, ["---"] * len(columns), *([row[name] for name in columns] for row in rows)):
         print(f"| {' | '.join(cells)} |")
 
 
