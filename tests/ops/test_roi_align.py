@@ -137,6 +137,7 @@ def test_roi_align_tells_what_is_wrong(change, message):
 @pytest.mark.parametrize("sampling_ratio", [2, -1])
 def test_roi_align_keeps_the_contract_of_an_op(sampling_ratio):
     input, rois = case(torch.float32)
+    input = input[..., :4, :5]                                              # finite differences take their time
     rest = (2, 1 / 8, sampling_ratio, True)
     check_op(roi_align, [input.requires_grad_(), rois, *rest],
              empty={"no boxes": [input, rois[:0], *rest], "no images": [input[:0], rois[:0], *rest]})

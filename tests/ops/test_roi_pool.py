@@ -76,6 +76,7 @@ def test_blocks_of_any_size_give_the_same(channels):
 
 def test_roi_pool_keeps_the_contract_of_an_op():
     input, rois = case(torch.float32)
+    input = input[..., :4, :5]                                              # finite differences take their time
     check_op(roi_pool, [input.requires_grad_(), rois, (3, 2), 1 / 8],
              empty={"no boxes": [input, rois[:0], 2, 1 / 8], "no images": [input[:0], rois[:0], 2, 1 / 8]})
     torch.library.opcheck(torch.ops.visionkit.roi_pool.default, (input, rois, 3, 2, 1 / 8))

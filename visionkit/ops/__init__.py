@@ -1,6 +1,7 @@
 """Tensors in, tensors out: the operations that detectors are made of, with no compiled extension."""
 from visionkit.ops.boxes import box_area, box_iou, clip_boxes
 from visionkit.ops.deform_conv import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack, deform_conv2d
+from visionkit.ops.deform_roi_pool import DeformPSRoIPool, DeformRoIPool, deform_ps_roi_pool, deform_roi_pool
 from visionkit.ops.ms_deform_attention import MSDeformAttn, ms_deform_attn
 from visionkit.ops.nms import batched_nms, nms
 from visionkit.ops.ps_roi_align import PSRoIAlign, ps_roi_align
@@ -12,6 +13,8 @@ from visionkit.ops.rois import boxes_to_rois
 __all__ = [
     "DeformConv2d",
     "DeformConv2dPack",
+    "DeformPSRoIPool",
+    "DeformRoIPool",
     "MSDeformAttn",
     "ModulatedDeformConv2dPack",
     "PSRoIAlign",
@@ -24,6 +27,8 @@ __all__ = [
     "boxes_to_rois",
     "clip_boxes",
     "deform_conv2d",
+    "deform_ps_roi_pool",
+    "deform_roi_pool",
     "ms_deform_attn",
     "nms",
     "ps_roi_align",

@@ -28,6 +28,17 @@ class AxisWindows(NamedTuple):
         """[N], what the samples of each bin add up to if each gives `low` [m] and `high` [m] to the pixels beside it."""
         return low.new_zeros(len(self.pixel)).index_add_(0, self.low, low).index_add_(0, self.high, high)
 
+    def without_gaps(self) -> AxisWindows:
+        """These windows without the pixels that no sample touches; there are such where samples are further apart than pixels."""
+        touched = torch.zeros_like(self.pixel, dtype=torch.bool)
+        touched.index_fill_(0, self.low.long(), True).index_fill_(0, self.high.long(), True)
+        kept = touched.nonzero()[:, 0]
+        number = touched.cumsum(0, dtype=self.pixel.dtype) - 1
+        start = number.index_select(0, self.start)                          # the first and the last pixel of a window are touched
+        count = number.index_select(0, self.start + self.count - 1) - start + 1
+        return AxisWindows(start, count, self.bin.index_select(0, kept), self.pixel.index_select(0, kept),
+                           number.index_select(0, self.low), number.index_select(0, self.high))
+
 
 def axis_windows(low: Tensor, high: Tensor, samples: Tensor) -> AxisWindows:
     """Windows of bins whose samples lie end to end.
