@@ -66,6 +66,8 @@ def test_memory_order_makes_no_difference(assert_tiers_agree):
     x, *others = inputs()
     x = x.detach().contiguous()
     assert_tiers_agree(convolve, x.requires_grad_(), *others, **TOLERANCE)
+    others[1:] = [tensor.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for tensor in others[1:]]
+    assert_tiers_agree(convolve, x, *others, **TOLERANCE)
     x = x.detach().repeat_interleave(2, 3)
     assert_tiers_agree(lambda x, *others: convolve(x[..., ::2], *others), x.requires_grad_(), *others, **TOLERANCE)
 

@@ -25,16 +25,16 @@ from visionkit.ops.triton.rois import read_rois, round_half_away
 def forward(input: Tensor, rois: Tensor, offset: Tensor | None, rows: int, columns: int, spatial_scale: float, sampling_ratio: int,
             gamma: float, position_sensitive: bool) -> Tensor:
     """As `visionkit::deform_roi_pool`."""
-    layout = ScoreMapTable.of(input, rows * columns if position_sensitive else 1, bin_major=False)
+    layout = ScoreMapTable.of(input, rows * columns if position_sensitive else 1, bin_major=not position_sensitive)
     cells = input.new_empty(len(rois), rows, columns, layout.classes)
     _launch(cells, layout.fill(input, input.dtype), [], layout, rois, offset, spatial_scale, sampling_ratio, gamma)
-    return cells.permute(0, 3, 1, 2).contiguous()
+    return cells.permute(0, 3, 1, 2)
 
 
 def backward(grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, rows: int, columns: int, spatial_scale: float,
              sampling_ratio: int, gamma: float, position_sensitive: bool) -> tuple[Tensor, Tensor]:
     """As `visionkit::deform_roi_pool_backward`."""
-    layout = ScoreMapTable.of(input, rows * columns if position_sensitive else 1, bin_major=False)
+    layout = ScoreMapTable.of(input, rows * columns if position_sensitive else 1, bin_major=not position_sensitive)
     grad_table = input.new_zeros(layout.rows, layout.classes, dtype=torch.float32)
     grad_offset = input.new_empty(0) if offset is None else torch.zeros_like(offset, memory_format=torch.contiguous_format)
     _launch(grad.permute(0, 2, 3, 1).contiguous(), layout.fill(input, input.dtype), [grad_table, grad_offset], layout, rois, offset,
@@ -153,7 +153,7 @@ def _bins(rois_ptr, offset_ptr, unit, exists, batch, height, width, bin_step, sc
 @triton.jit
 def _places(start, length, BINS: tl.constexpr, sample, sampling_ratio, size, sound):
     """Along an axis, where a sample of each bin lies, -1 if it does not count; whether it counts; and whether it moves with the offset."""
-    where = start + tl.div_rn(length, BINS * 1.0) * (sample / sampling_ratio)
+    where = start + tl.div_rn(length, BINS * 1.0) * tl.div_rn(sample * 1.0, sampling_ratio * 1.0)
     counts = sound & ~((where < -0.5) | (where > size - 0.5))
     moves = counts & (where >= 0) & (where < size - 1)
     where = tl.where(where < 0, 0.0, tl.where(where > size - 1, size - 1, where))
