@@ -1,5 +1,12 @@
 """Tensors in, tensors out: the operations that detectors are made of, with no compiled extension."""
-from visionkit.ops.boxes import box_area, box_iou, clip_boxes
+from visionkit.ops.boxes import (
+    box_area,
+    box_iou,
+    clip_boxes,
+    elementwise_box_iou,
+    elementwise_generalized_box_iou,
+    generalized_box_iou,
+)
 from visionkit.ops.deform_conv import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack, deform_conv2d
 from visionkit.ops.deform_roi_pool import DeformPSRoIPool, DeformRoIPool, deform_ps_roi_pool, deform_roi_pool
 from visionkit.ops.ms_deform_attention import MSDeformAttn, ms_deform_attn
@@ -29,6 +36,9 @@ __all__ = [
     "deform_conv2d",
     "deform_ps_roi_pool",
     "deform_roi_pool",
+    "elementwise_box_iou",
+    "elementwise_generalized_box_iou",
+    "generalized_box_iou",
     "ms_deform_attn",
     "nms",
     "ps_roi_align",
