@@ -149,13 +149,13 @@ def _places(offset_ptr, mask_ptr, plane, area, at, exists, start_y, start_x, hei
     """Where a tap falls for each output position, -1 where it does not count, and what its sample is multiplied by.
 
     `plane` is the tap's in the mask, `at` the position within planes of `area` pixels, and `start_*` where the tap is without offset."""
-    y = start_y + tl.load(offset_ptr + plane * 2 * area + at, mask=exists, other=0).to(tl.float32)
-    x = start_x + tl.load(offset_ptr + (plane * 2 + 1) * area + at, mask=exists, other=0).to(tl.float32)
+    y = tl.where(exists, start_y + tl.load(offset_ptr + plane * 2 * area + at, mask=exists, other=0).to(tl.float32), -1)
+    x = tl.where(exists, start_x + tl.load(offset_ptr + (plane * 2 + 1) * area + at, mask=exists, other=0).to(tl.float32), -1)
+    if CLAMP:
+        outside = (y < 0) | (y >= height) | (x < 0) | (x >= width)
+        y = tl.where(outside, -1, tl.where(y > height - 1, height - 1, y))
+        x = tl.where(outside, -1, tl.where(x > width - 1, width - 1, x))
     factor = exists.to(tl.float32)
     if MODULATED:
         factor = tl.load(mask_ptr + plane * area + at, mask=exists, other=0).to(tl.float32)
-    counts = exists
-    if CLAMP:
-        counts = exists & ~((y < 0) | (y >= height) | (x < 0) | (x >= width))
-        y, x = tl.where(y > height - 1, height - 1, y), tl.where(x > width - 1, width - 1, x)
-    return tl.where(counts, y, -1), tl.where(counts, x, -1), factor
+    return y, x, factor

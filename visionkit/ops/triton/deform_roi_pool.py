@@ -152,12 +152,12 @@ def _bins(rois_ptr, offset_ptr, unit, exists, batch, height, width, bin_step, sc
 
 @triton.jit
 def _places(start, length, BINS: tl.constexpr, sample, sampling_ratio, size, sound):
-    """Along an axis, where a sample of each bin lies, -1 if it does not count; whether it counts; and whether it moves with the offset."""
+    """Along an axis, where a sample of each bin lies, -1 if it does not count; 1 if it counts, else 0; whether it moves with the offset."""
     where = start + tl.div_rn(length, BINS * 1.0) * tl.div_rn(sample * 1.0, sampling_ratio * 1.0)
-    counts = sound & ~((where < -0.5) | (where > size - 0.5))
-    moves = counts & (where >= 0) & (where < size - 1)
+    moves = sound & (where >= 0) & (where < size - 1)
+    counts = tl.where((where < -0.5) | (where > size - 0.5), 0.0, sound.to(tl.float32))     # what is not a number counts, to be seen
     where = tl.where(where < 0, 0.0, tl.where(where > size - 1, size - 1, where))
-    return tl.where(counts, where, -1.0), counts, moves
+    return tl.where(counts > 0, where, -1.0), counts, moves
 
 
 @triton.jit
@@ -166,5 +166,5 @@ def _count(start, length, BINS: tl.constexpr, sampling_ratio, size, sound):
     count = tl.zeros_like(start)
     for sample in range(0, sampling_ratio):
         where, counts, moves = _places(start, length, BINS, sample, sampling_ratio, size, sound)
-        count += counts.to(tl.float32)
+        count += counts
     return count
