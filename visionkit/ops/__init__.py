@@ -16,6 +16,7 @@ from visionkit.ops.ps_roi_pool import PSRoIPool, ps_roi_pool
 from visionkit.ops.roi_align import RoIAlign, pyramid_roi_align, roi_align
 from visionkit.ops.roi_pool import RoIPool, roi_pool
 from visionkit.ops.rois import boxes_to_rois
+from visionkit.ops.soft_nms import batched_soft_nms, soft_nms
 
 __all__ = [
     "DeformConv2d",
@@ -29,6 +30,7 @@ __all__ = [
     "RoIAlign",
     "RoIPool",
     "batched_nms",
+    "batched_soft_nms",
     "box_area",
     "box_iou",
     "boxes_to_rois",
@@ -46,4 +48,5 @@ __all__ = [
     "pyramid_roi_align",
     "roi_align",
     "roi_pool",
+    "soft_nms",
 ]
