@@ -61,8 +61,8 @@ def _call(boxes: Tensor, scores: Tensor, groups: Tensor | None, sigma: float, sc
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
     if sigma <= 0 or score_threshold < 0 or not 0 <= iou_threshold <= 1:
-        raise ValueError(f"sigma must be positive, score_threshold not negative and iou_threshold in [0, 1]; got {sigma}, {score_threshold} "
-                         f"and {iou_threshold}")
+        raise ValueError(f"sigma must be positive, score_threshold not negative and iou_threshold in [0, 1]; got {sigma}, "
+                         f"{score_threshold} and {iou_threshold}")
     return torch.ops.visionkit.soft_nms(boxes.detach(), scores.detach(), groups, sigma, score_threshold, method, iou_threshold)
 
 
@@ -101,8 +101,10 @@ def _soft_nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, sigma: float
         scores[block] = torch.from_numpy(values)
         taken = block[taken]
         kept.append(taken)
+        rescored = scores[rest]
         for factor in factors(taken, rest):
-            scores[rest] *= factor
+            rescored *= factor
+        scores[rest] = rescored
         left = torch.cat([block, rest]).sort()[0]
         left = left[scores[left] >= score_threshold]
     kept = torch.cat(kept) if kept else left
