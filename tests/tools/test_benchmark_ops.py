@@ -260,7 +260,7 @@ def test_of_a_large_case_only_the_memory_is_measured(tool, capsys, monkeypatch):
 def test_the_peak_memory_holds_the_result():
     case = next(case for case in CASES if case.op == "box_iou")
     peak = peak_bytes(case, None, "cpu", torch.float32)
-    assert set(peak) == {"forward"}
+    assert set(peak) == set(op_benchmark.PASSES)
     assert 4e6 < peak["forward"] < 60e6                      # the result is 1,000 x 1,000 x 4 bytes
 
 
@@ -291,6 +291,14 @@ def test_no_sample_lies_where_the_gradient_jumps():
     torch.testing.assert_close(positions, torch.tensor([-0.99, -0.25, 0.01, 0.5, 1.99]))
 
 
+def test_the_peer_of_soft_nms_keeps_the_definition():
+    boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 1], [5, 5, 6, 6], [0, 0, 2, 2]])
+    scores = torch.tensor([0.9, 0.8, 0.5, 0.002])
+    indices, rescored = peers("soft_nms")["plain PyTorch"](boxes, scores, 0.5, 0.001)
+    assert indices.tolist() == [0, 2, 1]                     # the last falls to 0.002 * exp(-2), below the threshold
+    torch.testing.assert_close(rescored, torch.tensor([0.9, 0.5, 0.8 * math.exp(-0.5)]))
+
+
 def test_the_encoder_asks_about_each_pixel():
     _, shapes, starts, locations, weights = op_cases._attention(None, ((2, 3), (1, 1)), points=1)
     assert starts.tolist() == [0, 6]
@@ -314,6 +322,7 @@ def test_mmcvs_functions_get_their_arguments_in_their_order(monkeypatch):
     for name in ("deform_conv2d", "modulated_deform_conv2d", "roi_align"):
         setattr(stub, name, record(name))
     stub.nms, stub.batched_nms = record("nms", ("boxes", "kept")), record("batched_nms", ("boxes", "kept"))
+    stub.soft_nms = lambda *arguments, **named: calls.update(soft_nms=named) or (torch.arange(10.0).view(2, 5), "kept")
     attention = types.ModuleType("mmcv.ops.multi_scale_deform_attn")
     attention.MultiScaleDeformableAttnFunction = types.SimpleNamespace(apply=record("attention"))
     monkeypatch.setitem(sys.modules, "mmcv.ops", stub)
@@ -332,5 +341,8 @@ def test_mmcvs_functions_get_their_arguments_in_their_order(monkeypatch):
     assert peers("nms")["mmcv"]("boxes", "scores", 0.5) == "kept"
     assert peers("batched_nms")["mmcv"]("boxes", "scores", "idxs", 0.5) == "kept"
     assert calls["batched_nms"][3] == {"type": "nms", "iou_threshold": 0.5}
+    indices, scores = peers("soft_nms")["mmcv"]("boxes", "scores", 0.4, 0.1)
+    assert [indices, scores.tolist()] == ["kept", [4, 9]]
+    assert calls["soft_nms"] == {"sigma": 0.4, "min_score": 0.1, "method": "gaussian"}
     peers("ms_deform_attn")["mmcv"](1, 2, 3, 4, 5)
     assert calls["attention"] == (1, 2, 3, 4, 5, 64)

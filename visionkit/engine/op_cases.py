@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionkit.ops import box_iou
+
 
 @dataclass(frozen=True)
 class Case:
@@ -60,6 +62,10 @@ def _boxes(count: int, height: int, width: int) -> Tensor:
     corner = torch.rand(count, 2) * torch.tensor([width, height]) * 0.8
     size = 10 + torch.rand(count, 2) * torch.tensor([width, height]) * 0.3
     return torch.cat([corner, corner + size], 1)
+
+
+def _two_sets_of_boxes(count: int) -> tuple[Tensor, Tensor]:
+    return _boxes(count, 800, 1333).requires_grad_(), _boxes(count, 800, 1333)
 
 
 def _rois(count: int, height: int, width: int) -> Tensor:
@@ -151,11 +157,13 @@ CASES = (
     Case("nms", "20,000 boxes spread over the image, IoU 0.5", lambda: (_boxes(20000, 800, 1333), torch.rand(20000), 0.5), bars=(3,)),
     Case("batched_nms", "5,000 boxes of 80 classes around 100 objects, IoU 0.5",
          lambda: (*_crowd(5000, 100), torch.randint(80, (5000,)), 0.5)),
+    Case("soft_nms", "2,000 boxes around 100 objects", lambda: (*_crowd(2000, 100), 0.5, 0.001)),
     Case("ms_deform_attn", "encoder: 17,821 queries, 4 levels, 4 points, 8 heads x 32", lambda: _attention(None, LEVELS), bars=(6, 2.4),
          against="plain PyTorch"),
     Case("ms_deform_attn", "decoder: 300 queries, otherwise the same", lambda: _attention(300, LEVELS), against="plain PyTorch"),
-    Case("box_iou", "1,000 x 1,000 boxes", lambda: (_boxes(1000, 800, 1333), _boxes(1000, 800, 1333))),
-    Case("generalized_box_iou", "1,000 x 1,000 boxes", lambda: (_boxes(1000, 800, 1333), _boxes(1000, 800, 1333))),
+    Case("box_iou", "1,000 x 1,000 boxes", lambda: _two_sets_of_boxes(1000)),
+    Case("generalized_box_iou", "1,000 x 1,000 boxes", lambda: _two_sets_of_boxes(1000)),
+    Case("elementwise_generalized_box_iou", "100,000 pairs of boxes", lambda: _two_sets_of_boxes(100_000)),
     Case("sigmoid_focal_loss", "20,000 anchors, 80 classes", lambda: _logits_and_targets(20000, 80)),
 )
 
@@ -178,7 +186,8 @@ def _torchvision() -> dict[str, Callable]:
     from torchvision import ops
     names = ("batched_nms", "box_iou", "deform_conv2d", "generalized_box_iou", "nms", "ps_roi_align", "ps_roi_pool", "roi_align",
              "roi_pool", "sigmoid_focal_loss")
-    return {name: getattr(ops, name) for name in names}
+    functions = {name: getattr(ops, name) for name in names}
+    return {**functions, "elementwise_generalized_box_iou": lambda boxes, others: 1 - ops.generalized_box_iou_loss(boxes, others)}
 
 
 def _torchvision_plain() -> dict[str, Callable]:
@@ -215,15 +224,34 @@ def _mmcv() -> dict[str, Callable]:
     def batched_nms(boxes, scores, idxs, iou_threshold):
         return ops.batched_nms(boxes, scores, idxs, {"type": "nms", "iou_threshold": iou_threshold})[1]
 
+    def soft_nms(boxes, scores, sigma, score_threshold):
+        rescored, indices = ops.soft_nms(boxes, scores, sigma=sigma, min_score=score_threshold, method="gaussian")
+        return indices, rescored[:, 4]
+
     def ms_deform_attn(*arguments):
         return MultiScaleDeformableAttnFunction.apply(*arguments, 64)
 
-    return {"deform_conv2d": deform_conv2d, "roi_align": roi_align, "nms": nms, "batched_nms": batched_nms,
+    return {"deform_conv2d": deform_conv2d, "roi_align": roi_align, "nms": nms, "batched_nms": batched_nms, "soft_nms": soft_nms,
             "ms_deform_attn": ms_deform_attn}
 
 
 def _plain() -> dict[str, Callable]:
-    return {"ms_deform_attn": _ms_deform_attn_by_grid_sample}
+    return {"ms_deform_attn": _ms_deform_attn_by_grid_sample, "soft_nms": _soft_nms_by_loop}
+
+
+def _soft_nms_by_loop(boxes, scores, sigma, score_threshold):
+    """Take the best box and lower the scores of the others, until none is left."""
+    indices, kept, rescored = torch.arange(len(boxes), device=boxes.device), [], []
+    while True:
+        high = scores >= score_threshold
+        indices, boxes, scores = indices[high], boxes[high], scores[high]
+        if not len(scores):
+            return torch.stack(kept), torch.stack(rescored)
+        best = scores.argmax()
+        kept.append(indices[best])
+        rescored.append(scores[best])
+        scores = scores * torch.exp(-box_iou(boxes[best, None], boxes)[0] ** 2 / sigma)
+        scores[best] = -1
 
 
 def _ms_deform_attn_by_grid_sample(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
