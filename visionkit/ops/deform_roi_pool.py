@@ -16,7 +16,7 @@ from visionkit.ops.rois import as_rois, grid_size, round_half_away, sound_rois
 from visionkit.ops.score_maps import ScoreMapTable, check_score_maps
 from visionkit.ops.tiers import kernels
 from visionkit.ops.weighted_gather import as_table, gather, gather_transposed, gather_weights_gradient, index_dtype
-from visionkit.ops.windows import AxisWindows, axis_windows, cross
+from visionkit.ops.windows import AxisWindows, Crossing, axis_windows, cross
 from visionkit.registry import OPS
 
 # B images, R RoIs, P x Q bins, S x S samples a bin, D output channels in N classes that move each with offsets of its own
@@ -124,7 +124,7 @@ def _deform_roi_pool(input: Tensor, rois: Tensor, offset: Tensor | None, rows: i
     if triton := kernels("deform_roi_pool", input):
         return triton.forward(input, rois, offset, rows, columns, spatial_scale, sampling_ratio, gamma, position_sensitive)
     sampler = Sampler(input, rois, offset, rows, columns, spatial_scale, sampling_ratio, gamma, position_sensitive)
-    blocks = [gather(sampler.table, reads.rows, reads.weight_y * reads.weight_x, reads.starts) for _, reads in sampler.blocks()]
+    blocks = [gather(sampler.table, reads.rows, torch.mul(*reads.weights()), reads.pairs.starts) for _, reads in sampler.blocks()]
     cells = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     return cells.to(input.dtype).view(len(rois), rows, columns, sampler.layout.classes).permute(0, 3, 1, 2)
 
@@ -147,11 +147,13 @@ def _deform_roi_pool_backward(grad: Tensor, input: Tensor, rois: Tensor, offset:
     total = torch.zeros_like(table)
     slopes = cells.new_zeros(2, len(cells))                                 # how the loss changes as a unit moves along x and y, a pixel
     for units, reads in sampler.blocks():
-        total += gather_transposed(cells[units], reads.rows, reads.weight_y * reads.weight_x, len(table), reads.unit)
+        weight_y, weight_x = reads.weights()
+        total += gather_transposed(cells[units], reads.rows, weight_y * weight_x, len(table), reads.pairs.bag)
         if offset is not None:
-            pixels = gather_weights_gradient(cells[units], table, reads.rows, reads.unit)
-            slopes[0, units].index_add_(0, reads.unit, pixels * reads.weight_y * reads.slope_x)
-            slopes[1, units].index_add_(0, reads.unit, pixels * reads.slope_y * reads.weight_x)
+            pixels = gather_weights_gradient(cells[units], table, reads.rows, reads.pairs.bag)
+            slope_y, slope_x = reads.slopes()
+            slopes[0, units].index_add_(0, reads.pairs.bag, slope_x.mul_(weight_y).mul_(pixels))
+            slopes[1, units].index_add_(0, reads.pairs.bag, slope_y.mul_(weight_x).mul_(pixels))
     grad_input = sampler.layout.unfill(total.view(-1, sampler.layout.classes), input.dtype)
     return grad_input, grad.new_empty(0) if offset is None else sampler.offset_gradient(slopes).to(offset.dtype)
 
@@ -177,16 +179,43 @@ def _backward(ctx, grad: Tensor) -> tuple:
 _deform_roi_pool.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-class Reads(NamedTuple):
-    """What the units of a block read: of each unit, the pixels of its rows crossed with those of its columns."""
+class AxisSamples(NamedTuple):
+    """The samples of n units along one axis."""
 
-    rows: Tensor        # [M] of the table
-    unit: Tensor        # [M] whose read it is
-    starts: Tensor      # [n] the first of each unit
-    weight_y: Tensor    # [M] share of the pixel's row in the mean
-    weight_x: Tensor    # [M] and of its column; the weight is their product
-    slope_y: Tensor     # [M] how that share changes with the position of the unit, per pixel
-    slope_x: Tensor     # [M]
+    windows: AxisWindows
+    low_weight: Tensor      # [n * S] of the pixel at or before each sample, 0 where the sample does not count
+    high_weight: Tensor     # [n * S] of the pixel after it
+    moves: Tensor           # [n * S] 1 where the sample moves with its unit, 0 where it does not count or is held at the border
+    count: Tensor           # [n] samples that count
+
+    def weight(self) -> Tensor:
+        """Of each entry of the windows, in the sum of the samples."""
+        return self.windows.spread(self.low_weight, self.high_weight)
+
+    def slope(self) -> Tensor:
+        """How that changes as the unit moves, per pixel."""
+        return self.windows.spread(-self.moves, self.moves)
+
+
+class Reads(NamedTuple):
+    """What the units of a block read: each pixel of their windows along y with each of those along x. M reads in all."""
+
+    rows: Tensor            # [M] of the table
+    pairs: Crossing         # of the windows
+    y: AxisSamples
+    x: AxisSamples
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """[M] and [M], whose product is the weight of each read in the mean."""
+        return self._of_y(self.y.weight()), self.x.weight().index_select(0, self.pairs.x)
+
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """How the first changes as the unit moves along y, per pixel, and the second as it moves along x."""
+        return self._of_y(self.y.slope()), self.x.slope().index_select(0, self.pairs.x)
+
+    def _of_y(self, sums: Tensor) -> Tensor:
+        share = 1 / (self.y.count * self.x.count).clamp(min=1)              # [n] of each sample in the mean
+        return (sums * share.index_select(0, self.y.windows.bin)).index_select(0, self.pairs.y)
 
 
 class Sampler:
@@ -206,6 +235,7 @@ class Sampler:
         self.rows, self.columns, self.sampling_ratio, self.gamma = rows, columns, sampling_ratio, gamma
 
     def blocks(self) -> Iterator[tuple[slice, Reads]]:
+        """Slices of the units, and what those read."""
         units = self.rows * self.columns * self.classes                     # of a region
         step = max(_BLOCK_UNITS // units, 1)
         for start in range(0, max(len(self.image), 1), step):
@@ -213,45 +243,37 @@ class Sampler:
             yield slice(block.start * units, block.stop * units), self._reads(block)
 
     def _reads(self, block: slice) -> Reads:
-        layout = self.layout
-        y, weight_y, slope_y, counted_y = self._samples(block, 1, self.rows, layout.height)
-        x, weight_x, slope_x, counted_x = self._samples(block, 0, self.columns, layout.width)
-        share = (1 / (counted_y * counted_x).clamp(min=1)).index_select(0, y.bin)               # of each sample in the mean
-        index = y.pixel.dtype
-        first = layout.first_rows(self.image[block].to(index)).t().expand(-1, self.rows * self.columns)
-        first = (first[:, :, None] * self.classes + torch.arange(self.classes, dtype=index, device=first.device)).flatten()       # [n]
-        step = layout.pixel_step * self.classes
-        rows = y.pixel * (layout.width * step) + first.index_select(0, y.bin)
-        pairs = cross(y.start, y.count, x.start, x.count)
-        return Reads(rows.index_select(0, pairs.y).add_((x.pixel * step).index_select(0, pairs.x)), pairs.bag, pairs.starts,
-                     (weight_y * share).index_select(0, pairs.y), weight_x.index_select(0, pairs.x),
-                     (slope_y * share).index_select(0, pairs.y), slope_x.index_select(0, pairs.x))
+        y, x = self._samples(block, 1, self.layout.height), self._samples(block, 0, self.layout.width)
+        pairs = cross(y.windows.start, y.windows.count, x.windows.start, x.windows.count)
+        index = y.windows.pixel.dtype
+        first = self.layout.first_rows(self.image[block].to(index)).t().expand(-1, self.rows * self.columns)                # [R, P * Q]
+        first = (first[:, :, None] * self.classes + torch.arange(self.classes, dtype=index, device=first.device)).flatten()
+        step = self.layout.pixel_step * self.classes
+        rows = y.windows.pixel * (self.layout.width * step) + first.index_select(0, y.windows.bin)
+        rows = rows.index_select(0, pairs.y).add_((x.windows.pixel * step).index_select(0, pairs.x))
+        return Reads(rows, pairs, y, x)
 
-    def _samples(self, block: slice, axis: int, bins: int, size: int) -> tuple[AxisWindows, Tensor, Tensor, Tensor]:
-        """Along an axis, x or y: windows of the units of a block, weights and slopes of their entries, and how many samples count [n]."""
-        start, length = self.start[block, axis], self.length[block, axis]
-        bin_length = length / bins
-        start = start[:, None] + torch.arange(bins, dtype=start.dtype, device=start.device) * bin_length[:, None]          # [R, bins]
+    def _samples(self, block: slice, axis: int, size: int) -> AxisSamples:
+        """Of a block of regions along x or y, axis 0 or 1, on which the map has `size` pixels."""
+        bins = (self.columns, self.rows)[axis]
+        start, length = self.start[block, axis], self.length[block, axis, None]
+        start = start[:, None] + torch.arange(bins, dtype=start.dtype, device=start.device) * (length / bins)              # [R, bins]
         start = start[:, None, :, None] if axis == 0 else start[:, :, None, None]
-        if self.offset is None:
-            start = start.expand(-1, self.rows, self.columns, 1)
-        else:
-            offset = self.offset[block, axis::2].permute(0, 2, 3, 1)        # [R, P, Q, N]
-            start = start + offset * self.gamma * length[:, None, None, None]
+        start = start.expand(-1, self.rows, self.columns, self.classes)
+        if self.offset is not None:
+            start = start + self.offset[block, axis::2].permute(0, 2, 3, 1) * self.gamma * length[..., None, None]
         steps = torch.arange(self.sampling_ratio, dtype=start.dtype, device=start.device) / self.sampling_ratio
-        where = (start[..., None] + bin_length[:, None, None, None, None] * steps).reshape(-1, self.sampling_ratio)        # [n, S]
+        where = (start[..., None] + (length / bins)[..., None, None, None] * steps).flatten(0, -2)   # [n, S]
         outside = (where < -0.5) | (where > size - 0.5)                     # what is not a number counts, to be seen in the mean
         moves = (where >= 0) & (where < size - 1) & ~outside
         where = where.clamp(0, size - 1)
         low = where.floor()
-        high_weight = (where - low).masked_fill(outside, 0)
-        low_weight = (1 - (where - low)).masked_fill(outside, 0)
+        high_weight = where - low
         low = low.nan_to_num(0).to(index_dtype(len(self.table)))
         windows = axis_windows(low.flatten(), (low + 1).clamp(max=size - 1).flatten(), torch.full_like(low[:, 0], self.sampling_ratio))
-        windows = windows.without_gaps()
-        slope = moves.to(where.dtype).flatten()
-        return (windows, windows.spread(low_weight.flatten(), high_weight.flatten()), windows.spread(-slope, slope),
-                self.sampling_ratio - outside.sum(1, dtype=where.dtype))
+        return AxisSamples(windows.without_gaps(), (1 - high_weight).masked_fill_(outside, 0).flatten(),
+                           high_weight.masked_fill(outside, 0).flatten(), moves.to(where.dtype).flatten(),
+                           self.sampling_ratio - outside.sum(1, dtype=where.dtype))
 
     def offset_gradient(self, slopes: Tensor) -> Tensor:
         """[R, 2 * N, P, Q] from how the loss changes as units move along x and y, [2, n]."""

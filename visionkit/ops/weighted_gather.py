@@ -57,6 +57,8 @@ def gather_transposed(cells: Tensor, reads: Tensor, weights: Tensor, rows: int, 
         rows: T of the table.
         bag: [M], the bag of each read, where bags are of different sizes.
     """
+    if cells.shape[1] == 1 and bag is not None:                             # too little in a row to be worth a sort
+        return cells.new_zeros(rows).index_add_(0, reads, cells[:, 0].index_select(0, bag).mul_(weights))[:, None]
     by_row = reads.flatten().argsort(stable=True)
     starts = F.pad(torch.bincount(reads.flatten(), minlength=rows).cumsum(0, dtype=reads.dtype), (1, 0))[:-1]
     cell = by_row.to(reads.dtype).div_(reads.shape[1], rounding_mode="floor") if bag is None else bag.index_select(0, by_row)
