@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from visionkit.ops import RoIAlign, pyramid_roi_align, roi_align
 from visionkit.testing import check_op
@@ -61,6 +63,19 @@ def test_roi_align_agrees_with_the_definition(sampling_ratio, aligned):
     input, rois = case()
     expected = roi_align_by_hand(input, rois, 3, 2, 1 / 8, sampling_ratio, aligned)
     torch.testing.assert_close(roi_align(input, rois, (3, 2), 1 / 8, sampling_ratio, aligned), expected, rtol=0, atol=1e-12)
+
+
+# no corner and no sample on a border to the last bit, where rounding would decide
+corners = st.integers(-60, 120).map(lambda value: value / 7.3 + 0.0123)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(*[st.integers(1, 6)] * 2), st.lists(st.tuples(st.integers(0, 1), *[corners] * 4), max_size=3),
+       st.tuples(*[st.integers(1, 3)] * 2), st.sampled_from([-1, 1, 2, 3]), st.booleans())
+def test_boxes_anywhere_on_maps_of_any_size_agree_with_the_definition(size, boxes, output_size, sampling_ratio, aligned):
+    input, rois = torch.randn(2, 2, *size, dtype=torch.float64), torch.tensor(boxes, dtype=torch.float64).view(-1, 5)
+    expected = roi_align_by_hand(input, rois, *output_size, 0.6, sampling_ratio, aligned)
+    torch.testing.assert_close(roi_align(input, rois, output_size, 0.6, sampling_ratio, aligned), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("sampling_ratio", [2, -1])

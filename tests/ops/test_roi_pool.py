@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from visionkit.ops import RoIPool, roi_pool
 from visionkit.testing import check_op
@@ -18,8 +20,10 @@ def roi_pool_by_hand(input, rois, rows, columns, scale):
         height, width = max(y2 - y1 + 1, 1), max(x2 - x1 + 1, 1)             # the last pixel is inside
         for p in range(rows):
             for q in range(columns):
-                top, bottom = (min(max(edge + y1, 0), input.shape[2]) for edge in (p * height // rows, -(-(p + 1) * height // rows)))
-                left, right = (min(max(edge + x1, 0), input.shape[3]) for edge in (q * width // columns, -(-(q + 1) * width // columns)))
+                top, bottom = (min(max(edge + y1, 0), input.shape[2])
+                               for edge in (math.floor(p * (height / rows)), math.ceil((p + 1) * (height / rows))))
+                left, right = (min(max(edge + x1, 0), input.shape[3])
+                               for edge in (math.floor(q * (width / columns)), math.ceil((q + 1) * (width / columns))))
                 pixels = input[int(image), :, top:bottom, left:right].flatten(1)
                 output[r, :, p, q] = pixels.amax(1) if pixels.shape[1] else 0
     return output
@@ -42,6 +46,14 @@ def test_a_bin_takes_the_largest_of_its_pixels_and_its_lower_right_one_is_inside
 def test_roi_pool_agrees_with_the_definition(output_size):
     input, rois = case()
     assert torch.equal(roi_pool(input, rois, output_size, 1 / 8), roi_pool_by_hand(input, rois, *output_size, 1 / 8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*[st.integers(1, 8)] * 2), st.lists(st.tuples(st.integers(0, 1), *[st.floats(-20, 40, width=16)] * 4), max_size=4),
+       st.tuples(*[st.integers(1, 5)] * 2))
+def test_boxes_anywhere_on_maps_of_any_size_agree_with_the_definition(size, boxes, output_size):
+    input, rois = torch.randn(2, 2, *size, dtype=torch.float64), torch.tensor(boxes, dtype=torch.float64).view(-1, 5)
+    assert torch.equal(roi_pool(input, rois, output_size, 0.5), roi_pool_by_hand(input, rois, *output_size, 0.5))
 
 
 def test_a_bin_without_pixels_is_0_where_all_others_are_negative():
