@@ -278,4 +278,4 @@ class Sampler:
     def offset_gradient(self, slopes: Tensor) -> Tensor:
         """[R, 2 * N, P, Q] from how the loss changes as units move along x and y, [2, n]."""
         slopes = slopes.view(2, -1, self.rows, self.columns, self.classes).permute(1, 4, 0, 2, 3)                # [R, N, 2, P, Q]
-        return (slopes * (self.gamma * self.length[:, None, :, None, None])).flatten(1, 2)
+        return (slopes * (self.gamma * self.length[:, None, :, None, None])).flatten(1, 2).contiguous()
