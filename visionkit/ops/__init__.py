@@ -9,6 +9,7 @@ from visionkit.ops.boxes import (
 )
 from visionkit.ops.deform_conv import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack, deform_conv2d
 from visionkit.ops.deform_roi_pool import DeformPSRoIPool, DeformRoIPool, deform_ps_roi_pool, deform_roi_pool
+from visionkit.ops.focal_loss import SigmoidFocalLoss, sigmoid_focal_loss
 from visionkit.ops.ms_deform_attention import MSDeformAttn, ms_deform_attn
 from visionkit.ops.nms import batched_nms, nms
 from visionkit.ops.ps_roi_align import PSRoIAlign, ps_roi_align
@@ -29,6 +30,7 @@ __all__ = [
     "PSRoIPool",
     "RoIAlign",
     "RoIPool",
+    "SigmoidFocalLoss",
     "batched_nms",
     "batched_soft_nms",
     "box_area",
@@ -48,5 +50,6 @@ __all__ = [
     "pyramid_roi_align",
     "roi_align",
     "roi_pool",
+    "sigmoid_focal_loss",
     "soft_nms",
 ]
