@@ -49,3 +49,15 @@ def test_memory_order_makes_no_difference(assert_tiers_agree, bin_major):
 
 def test_no_boxes_pool_to_nothing(assert_tiers_agree):
     assert_tiers_agree(lambda x, rois: ps_roi_pool(x, rois, (3, 2)), maps(3), torch.zeros(0, 5))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")          # NumPy's, interpreting
+@pytest.mark.parametrize("rule", ["torchvision", "r_fcn"])
+def test_boxes_that_are_no_boxes_cover_no_pixel(on_tier, device, rule):
+    nan, infinity = float("nan"), float("inf")
+    rois = torch.tensor([[0, nan, 0, 9, 9], [0, 0, 0, infinity, 9], [2, 0, 0, 9, 9], [-1, 0, 0, 9, 9], [0, 8, 8, 40, 40]], device=device)
+    x = maps(3).detach().to(device).requires_grad_()
+    output = on_tier("triton", lambda: ps_roi_pool(x, rois, (3, 2), 1 / 8, rule=rule))
+    assert output.flatten(1).any(1).tolist() == [False] * 4 + [True]
+    grad, = on_tier("triton", torch.autograd.grad, output, x, torch.ones_like(output))
+    torch.testing.assert_close(grad.sum(), torch.tensor(3.0 * 3 * 2, device=device))       # of the one sound box

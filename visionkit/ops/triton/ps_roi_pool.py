@@ -73,8 +73,7 @@ def _ps_roi_pool_kernel(
             else:
                 values += read_rows(map_ptr, row, inside, channel, CHANNELS)
     if not BACKWARD:
-        values = tl.where(sound[:, None], values / pixels[:, None], float("nan"))
-        write_rows(cells_ptr, cell.to(tl.int64), values, roi < regions, channel, CHANNELS)
+        write_rows(cells_ptr, cell.to(tl.int64), values / pixels[:, None], roi < regions, channel, CHANNELS)
 
 
 @triton.jit
