@@ -156,7 +156,10 @@ def test_deform_roi_pool_is_one_operator_to_the_compiler(memory_format, with_off
     rest = (2, 3, 1 / 8, 4, 0.1, True)
     torch.library.opcheck(torch.ops.visionkit.deform_roi_pool.default, (input, rois, offset, *rest))
     input, offset = input.detach(), None if offset is None else offset.detach()
-    torch.library.opcheck(torch.ops.visionkit.deform_roi_pool_backward.default, (torch.randn(5, 2, 2, 3), input, rois, offset, *rest))
+    grad = torch.randn(5, 2, 2, 3)
+    torch.library.opcheck(torch.ops.visionkit.deform_roi_pool_backward.default, (grad, input, rois, offset, *rest))
+    half = [None if value is None else value.bfloat16() for value in (grad, input, rois, offset)]
+    torch.library.opcheck(torch.ops.visionkit.deform_roi_pool_backward.default, (*half, *rest))
 
 
 @pytest.mark.parametrize("position_sensitive", [False, True])
@@ -192,6 +195,7 @@ def test_mixed_dtypes_under_autocast_pool_in_the_dtype_of_the_input(dtypes):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_shows_in_its_bins_and_in_no_others(value):
     input, rois, offset = case()
+    input = input[..., :8]                                                   # an even width: wrapped indices do not cancel
     sound = deform_roi_pool(input, rois, offset, (2, 3), 1 / 8)
     rois[1, 3] = value
     offset[2, 0, 1, 1] = math.nan

@@ -92,12 +92,15 @@ def test_roi_pool_keeps_the_contract_of_an_op():
     check_op(roi_pool, [input.requires_grad_(), rois, (3, 2), 1 / 8],
              empty={"no boxes": [input, rois[:0], 2, 1 / 8], "no images": [input[:0], rois[:0], 2, 1 / 8]})
     torch.library.opcheck(torch.ops.visionkit.roi_pool.default, (input, rois, 3, 2, 1 / 8))
-    torch.library.opcheck(torch.ops.visionkit.roi_pool_backward.default, (torch.randn(len(rois), 3, 3, 2), input.detach(), rois, 1 / 8))
+    input, grad = input.detach(), torch.randn(len(rois), 3, 3, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.visionkit.roi_pool_backward.default, (grad.to(dtype), input.to(dtype), rois, 1 / 8))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_box_that_is_not_finite_pools_to_nan_and_leaves_the_others_alone(value):
     input, rois = case()
+    input = input[..., :8]                                                   # an even width: wrapped indices do not cancel
     sound = roi_pool(input, rois, 3, 1 / 8)
     rois[1, 3] = value
     output = roi_pool(input, rois, 3, 1 / 8)

@@ -54,7 +54,7 @@ def sound_rois(rois: Tensor, batch: int) -> Tensor:
     """
     image = rois[:, 0]
     if rois.device.type == "cpu" and len(rois) and not (image.min() >= 0 and image.max() < batch):
-        raise ValueError(f"boxes name images {int(image.min())} to {int(image.max())} of a batch of {batch}")
+        raise ValueError(f"boxes name images {image.min().item():g} to {image.max().item():g} of a batch of {batch}")
     sound = rois.isfinite().all(1) & (image >= 0) & (image < batch)
     return torch.cat([image.where(sound, 0)[:, None], rois[:, 1:].where(sound[:, None], torch.nan)], 1)
 
