@@ -65,7 +65,7 @@ def test_nothing_comes_of_nothing(assert_tiers_agree, queries, images):
     assert_tiers_agree(attend, *tensors)
 
 
-@pytest.mark.parametrize("bad, is_nan", [(float("nan"), True), (float("inf"), False), (-float("inf"), False), (1e38, False)])
+@pytest.mark.parametrize("bad, is_nan", [(float("nan"), True), (-float("inf"), False), (1e38, False)])
 def test_a_location_that_is_no_place_reads_nothing(on_tier, device, bad, is_nan):
     value, locations, weights = (tensor.detach().to(device).requires_grad_() for tensor in inputs())
     with torch.no_grad():

@@ -25,7 +25,7 @@ def test_kernels_agree_with_the_portable_tier(assert_tiers_agree, bin_major, sam
 
 @pytest.mark.parametrize("classes", [1, 21, 130])
 def test_classes_come_in_blocks(assert_tiers_agree, classes):
-    assert_tiers_agree(lambda x, rois: ps_roi_align(x, rois, (3, 2), 1 / 8, 2), maps(classes), ROIS)
+    assert_tiers_agree(lambda x, rois: ps_roi_align(x, rois, (3, 2), 1 / 8, 1), maps(classes), ROIS[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -31,7 +31,7 @@ def test_corners_and_edges_round_as_in_the_portable_tier(assert_tiers_agree, rul
 
 @pytest.mark.parametrize("classes", [1, 21, 130])
 def test_classes_come_in_blocks(assert_tiers_agree, classes):
-    assert_tiers_agree(lambda x, rois: ps_roi_pool(x, rois, (3, 2), 1 / 8), maps(classes), ROIS)
+    assert_tiers_agree(lambda x, rois: ps_roi_pool(x, rois, (3, 2), 1 / 8), maps(classes), ROIS[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -25,7 +25,7 @@ def test_kernels_agree_with_the_portable_tier(assert_tiers_agree, sampling_ratio
 
 @pytest.mark.parametrize("channels", [1, 8, 81, 260])
 def test_channels_come_in_blocks(assert_tiers_agree, channels):
-    assert_tiers_agree(lambda x, rois: roi_align(x, rois, (1, 2), 1 / 8, 2), maps(channels), ROIS)
+    assert_tiers_agree(lambda x, rois: roi_align(x, rois, (1, 2), 1 / 8, 2), maps(channels), ROIS[:3])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
