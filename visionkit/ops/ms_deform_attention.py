@@ -72,6 +72,9 @@ def _check(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sam
 class MSDeformAttn(nn.Module):
     """`ms_deform_attn` as a module without weights; projections belong to the layer that uses it."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_locations: Tensor,
                 attention_weights: Tensor) -> Tensor:
         return ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
