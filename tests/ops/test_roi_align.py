@@ -58,9 +58,9 @@ def test_a_roi_on_one_pixel_reads_that_pixel():
 
 
 def test_a_map_larger_than_the_cache_is_read_as_any_other():
-    input = torch.arange(2 * 600 * 600.0).view(2, 1, 600, 600)
-    rois = torch.tensor([[1.0, 20, 300, 21, 301]])
-    assert roi_align(input, rois, 1, sampling_ratio=1, aligned=True).item() == 600 * 600 + 300 * 600 + 20
+    input = torch.arange(2 * 600 * 300.0).view(1, 2, 600, 300)
+    rois = torch.tensor([[0.0, 20, 300, 21, 301]])
+    assert roi_align(input, rois, 1, sampling_ratio=1, aligned=True).flatten().tolist() == [300 * 300 + 20, 900 * 300 + 20]
 
 
 @pytest.mark.parametrize("aligned", [True, False])
