@@ -118,6 +118,14 @@ def test_mixed_types_take_the_wider_one():
     assert elementwise_generalized_box_iou(boxes, boxes.bfloat16()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("function", PAIRWISE + ELEMENTWISE)
+def test_overlaps_do_not_depend_on_the_unit(function):
+    boxes, others = random_boxes(5).float(), random_boxes(5, seed=1).float()
+    expected = function(boxes, others)
+    torch.testing.assert_close(function(boxes * 2**-14, others * 2**-14), expected)
+    torch.testing.assert_close(function((boxes * 2**-14).requires_grad_(), others * 2**-14), expected)
+
+
 def test_areas_of_half_precision_boxes_do_not_overflow():
     assert box_area(torch.tensor([[0, 0, 1000, 1000]], dtype=torch.float16)).tolist() == [1e6]
 

@@ -28,6 +28,12 @@ def crowd(count: int, objects: int, seed: int = 0, size: float = 600.0) -> tuple
     return torch.cat([center - sides / 2, center + sides / 2], 1), torch.rand(count, generator=generator)
 
 
+def in_a_row(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes that all start at the same height."""
+    boxes, scores = random_boxes(count, size=1000)
+    return boxes - boxes[:, [1]] * torch.tensor([0, 1, 0, 1]), scores
+
+
 def nms_by_hand(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, groups: list[int] | None = None) -> list[int]:
     """Take the best box left, drop all of its group that overlap it too much, repeat."""
     groups = [0] * len(boxes) if groups is None else groups
@@ -77,7 +83,8 @@ def test_blocks_sweep_and_graph_agree_with_the_definition(make, iou_threshold):
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
 @pytest.mark.parametrize("make", [lambda: random_boxes(240, size=200), lambda: random_boxes(240, size=1000), lambda: crowd(240, 4),
-                                  lambda: random_boxes(240, size=60)], ids=["dense", "spread", "crowd", "crowded"])
+                                  lambda: random_boxes(240, size=60), lambda: in_a_row(240)],
+                         ids=["dense", "spread", "crowd", "crowded", "row"])
 @pytest.mark.usefixtures("small_steps")
 def test_batched_nms_agrees_with_the_definition(make, count):
     boxes, scores = make()
@@ -154,13 +161,19 @@ def test_boxes_that_are_empty_or_not_finite_overlap_nothing():
     assert set(range(0, 100, 10)) <= set(kept)
 
 
+@pytest.mark.parametrize("far", [1e7, 1e15, 1e18])
 @pytest.mark.usefixtures("small_steps")
-def test_a_box_far_away_does_not_hide_the_others():
-    boxes, scores = random_boxes(200, size=300)
-    boxes[7] = torch.tensor([1e7, 1e7, 1e7 + 64, 1e7 + 64])
-    boxes[9] = torch.tensor([-1e7, 0.0, 1e7, 40])
-    assert nms(boxes, scores, 0.4).tolist() == nms_by_hand(boxes, scores, 0.4)
-    assert nms(boxes / 1e7, scores, 0.4).tolist() == nms_by_hand(boxes / 1e7, scores, 0.4)
+def test_a_box_far_away_does_not_hide_the_others(far):
+    boxes, scores = random_boxes(300, size=300)
+    boxes[7] = torch.tensor([far, 0.0, far * 1.001, 40])
+    boxes[9] = torch.tensor([-far, 0.0, far, 40])
+    for iou_threshold in (0.2, 0.4, 0.6):
+        assert nms(boxes, scores, iou_threshold).tolist() == nms_by_hand(boxes, scores, iou_threshold)
+
+
+def test_boxes_in_units_of_the_image_leave_the_same_indices():
+    boxes, scores = random_boxes(700, size=2048.0)
+    assert torch.equal(nms(boxes / 4096, scores, 0.4), nms(boxes, scores, 0.4))
 
 
 @pytest.mark.parametrize("arguments", [(), (torch.zeros(0, dtype=torch.int64),)], ids=["nms", "batched_nms"])

@@ -119,10 +119,12 @@ def _(grad: Tensor, slope: Tensor) -> Tensor:
 
 def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)                                        # no zeros for the slope, which nobody differentiates
 
 
-def _backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None, None]:
+def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None, None]:
+    if grad is None:
+        return None, None, None, None, None
     return torch.ops.visionkit.sigmoid_focal_loss_backward(grad, *ctx.saved_tensors), None, None, None, None
 
 
