@@ -12,10 +12,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from visionkit.ops.deform_roi_pool import deform_roi_pool
 
 from visionkit.ops import tiers
 from visionkit.ops.deform_conv import deform_conv2d
+from visionkit.ops.deform_roi_pool import deform_roi_pool
 from visionkit.ops.ms_deform_attention import ms_deform_attn
 from visionkit.ops.ps_roi_align import ps_roi_align
 from visionkit.ops.ps_roi_pool import ps_roi_pool
