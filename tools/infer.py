@@ -15,7 +15,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1, help="images that go through the network together; default: %(default)s")
     parser.add_argument("--device", help="such as cuda:1 or cpu; default: a GPU if there is one")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="change the config, such as model.roi.nms_iou=0.6; +KEY=VALUE adds a key")
+                        help="change the config, such as model.roi.max_per_image=20; +KEY=VALUE adds a key")
     parser.add_argument("--traceback", action="store_true", help="show where in the code a wrong setting was noticed")
     return parser.parse_args()
 

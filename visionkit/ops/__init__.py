@@ -3,12 +3,15 @@ from visionkit.ops.boxes import (
     box_area,
     box_iou,
     clip_boxes,
+    cxcywh_to_xyxy,
     elementwise_box_iou,
     elementwise_generalized_box_iou,
     generalized_box_iou,
+    xyxy_to_cxcywh,
 )
 from visionkit.ops.deform_conv import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack, deform_conv2d
 from visionkit.ops.deform_roi_pool import DeformPSRoIPool, DeformRoIPool, deform_ps_roi_pool, deform_roi_pool
+from visionkit.ops.detections import NMS, BoxVoting, SoftNMS, detections_from_scores
 from visionkit.ops.focal_loss import SigmoidFocalLoss, sigmoid_focal_loss
 from visionkit.ops.ms_deform_attention import MSDeformAttn, ms_deform_attn
 from visionkit.ops.nms import batched_nms, nms
@@ -20,26 +23,31 @@ from visionkit.ops.rois import boxes_to_rois
 from visionkit.ops.soft_nms import batched_soft_nms, soft_nms
 
 __all__ = [
+    "BoxVoting",
     "DeformConv2d",
     "DeformConv2dPack",
     "DeformPSRoIPool",
     "DeformRoIPool",
     "MSDeformAttn",
     "ModulatedDeformConv2dPack",
+    "NMS",
     "PSRoIAlign",
     "PSRoIPool",
     "RoIAlign",
     "RoIPool",
     "SigmoidFocalLoss",
+    "SoftNMS",
     "batched_nms",
     "batched_soft_nms",
     "box_area",
     "box_iou",
     "boxes_to_rois",
     "clip_boxes",
+    "cxcywh_to_xyxy",
     "deform_conv2d",
     "deform_ps_roi_pool",
     "deform_roi_pool",
+    "detections_from_scores",
     "elementwise_box_iou",
     "elementwise_generalized_box_iou",
     "generalized_box_iou",
@@ -52,4 +60,5 @@ __all__ = [
     "roi_pool",
     "sigmoid_focal_loss",
     "soft_nms",
+    "xyxy_to_cxcywh",
 ]

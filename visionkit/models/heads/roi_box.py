@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from visionkit.models.losses import mean_over_ranks
 from visionkit.models.targets import BalancedSampler, BoxCoder, IoUMatcher
-from visionkit.ops import batched_nms, boxes_to_rois, clip_boxes, pyramid_roi_align
-from visionkit.registry import HEADS, TARGETS
+from visionkit.ops import NMS, boxes_to_rois, clip_boxes, detections_from_scores, pyramid_roi_align
+from visionkit.ops.detections import Thinning
+from visionkit.registry import HEADS, OPS, TARGETS
 from visionkit.structures import InstanceData, Sample
 
 # R RoIs of all images, C classes without background, P x P cells a RoI
@@ -33,15 +34,15 @@ class RoIBoxHead(nn.Module):
         matcher: by default positive from IoU 0.5, negative below.
         sampler: by default 512 boxes an image, a quarter of them positive at most.
         score_threshold: predictions below are dropped.
-        nms_iou: predictions of one class that overlap by more are thinned out.
+        nms: how predictions that overlap are thinned out, `nms`, `soft_nms` or `box_voting`; by default `dict(type="nms", iou=0.5)`.
         max_per_image: predictions kept, best first.
     """
 
     def __init__(self, num_classes: int, in_channels: Sequence[int], strides: Sequence[int], hidden_channels: Sequence[int] = (1024, 1024),
                  pool_size: int = 7, sampling_ratio: int = 2, finest_size: float = 56.0, class_agnostic: bool = False,
                  box_stds: Sequence[float] = (0.1, 0.1, 0.2, 0.2), matcher: dict | nn.Module | None = None,
-                 sampler: dict | nn.Module | None = None, score_threshold: float = 0.05, nms_iou: float = 0.5,
-                 max_per_image: int = 100) -> None:
+                 sampler: dict | nn.Module | None = None, score_threshold: float = 0.05,
+                 nms: dict | Thinning | None = None, max_per_image: int = 100) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes counts the classes without background and must be positive, got {num_classes}")
@@ -58,7 +59,7 @@ class RoIBoxHead(nn.Module):
         self.matcher = TARGETS.make(matcher or IoUMatcher(0.5, 0.5), at="matcher")
         self.sampler = TARGETS.make(sampler or BalancedSampler(512, 0.25), at="sampler")
         self.score_threshold = score_threshold
-        self.nms_iou = nms_iou
+        self.nms = OPS.make(nms or NMS(0.5), at="nms")
         self.max_per_image = max_per_image
         widths = (in_channels[0] * pool_size**2, *hidden_channels)
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
@@ -119,14 +120,11 @@ class RoIBoxHead(nn.Module):
         """`samples` with `pred_instances`: `bboxes` in original-image pixels, `scores` descending, `labels`."""
         logits, deltas = self(features, proposals)
         scores = logits.softmax(-1)[:, :-1]                                 # [R, C]
-        boxes = self.coder.decode(torch.cat(proposals)[:, None], deltas).expand(-1, self.num_classes, -1)
+        boxes = self.coder.decode(torch.cat(proposals)[:, None], deltas)    # [R, C or 1, 4]
         counts = [len(proposed) for proposed in proposals]
         for sample, score, box in zip(samples, scores.split(counts), boxes.split(counts), strict=True):
             box = clip_boxes(box, *sample.img_shape)
-            row, label = (score > self.score_threshold).nonzero(as_tuple=True)
-            score, box = score[row, label], box[row, label]
-            keep = batched_nms(box, score, label, self.nms_iou)[:self.max_per_image]
+            box, score, label = detections_from_scores(score, box, self.score_threshold, self.nms, self.max_per_image)
             scale = box.new_tensor(sample.scale_factor).repeat(2)
-            sample.pred_instances = InstanceData(
-                bboxes=clip_boxes(box[keep] / scale, *sample.ori_shape), scores=score[keep], labels=label[keep])
+            sample.pred_instances = InstanceData(bboxes=clip_boxes(box / scale, *sample.ori_shape), scores=score, labels=label)
         return samples
