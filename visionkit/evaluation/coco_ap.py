@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
-from torch import Tensor
 
+from visionkit.evaluation.detection import DetectionMetric, to_array
 from visionkit.registry import METRICS, ConfigError
 
 # The twelve numbers in COCO's order: key, title, IoU, area, most detections an image.
@@ -38,7 +36,7 @@ KINDS = ("bbox", "segm")
 
 
 @METRICS.register_module()
-class CocoMetric(BaseMetric):
+class CocoMetric(DetectionMetric):
     """COCO's twelve numbers, and the AP of each class (Lin et al. 2014, arXiv:1405.0312).
 
     The ground truth is each sample's `annotations`, so any data set can be evaluated, from any number of processes. Crowd
@@ -74,21 +72,17 @@ class CocoMetric(BaseMetric):
         """The names of the numbers, as `save_best` of a checkpoint hook takes them."""
         return [f"{self.prefix}/{kind}_{row[0]}" for kind in self.kinds for row in TWELVE]
 
-    def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
-        """Keep what the evaluation needs of each image, small and on the CPU."""
-        self.results.extend(self._summary(sample) for sample in data_samples)
-
     def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
         """The twelve numbers of each kind, `bbox_mAP` first; -1 where there is no ground truth to count."""
-        images = _once_each(results)
+        images = self.once_each(results)
         truth = self._truth(images)
         detections = self._detections(images)
         if self.outfile:
             self._write(detections, images)
         if not truth["annotations"]:
-            _warn("no ground truth in the evaluated images: every number is -1. Check the data set's annotation file and classes.")
+            self.warn("no ground truth in the evaluated images: every number is -1. Check the data set's annotation file and classes.")
         elif not detections:
-            _warn(f"no predictions at all in {len(images)} images: every number is 0. Check the weights, or a score threshold.")
+            self.warn(f"no predictions at all in {len(images)} images: every number is 0. Check the weights, or a score threshold.")
 
         numbers: dict[str, float] = {}
         for kind in self.kinds:
@@ -100,32 +94,23 @@ class CocoMetric(BaseMetric):
             print_log(text, logger="current")
         return numbers
 
-    def _summary(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        if "annotations" not in sample:
-            raise ConfigError(
-                f"CocoMetric compares with each sample's `annotations`, but the sample of image {sample.get('img_id')!r} has none; "
-                f"let the data set give `instances` and end the test pipeline with PackSample")
-        predicted = sample["pred_instances"]
-        boxes, scores, labels = (_array(predicted[key]) for key in ("bboxes", "scores", "labels"))
-        finite = np.isfinite(boxes).all(1) & np.isfinite(scores)
-        if not finite.all():
-            _warn(f"left out {(~finite).sum()} predictions of image {sample['img_id']!r} that are not finite numbers")
-        summary = {
-            "img_id": sample["img_id"], "ori_shape": tuple(int(side) for side in sample["ori_shape"][:2]),
-            "boxes": boxes[finite].astype(np.float64), "scores": scores[finite].astype(np.float64), "labels": labels[finite],
-            "annotations": [{key: instance[key] for key in ("bbox", "bbox_label", "ignore_flag", "area", "mask")
-                             if key in instance and (key != "mask" or "segm" in self.kinds)} for instance in sample["annotations"]],
-        }
+    def summary(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """With masks where they are compared."""
+        summary = super().summary(sample)
         if "segm" in self.kinds:
+            predicted = sample["pred_instances"]
             if "masks" not in predicted:
                 raise ConfigError("the model predicts no masks; set metric='bbox', or use a model that does", ("metric",))
-            summary["masks"] = _encode(_array(predicted["masks"])[finite])
+            summary["masks"] = _encode(to_array(predicted["masks"])[summary["finite"]])
+            for kept, instance in zip(summary["annotations"], sample["annotations"], strict=True):
+                if "mask" in instance:
+                    kept["mask"] = instance["mask"]
         return summary
 
     def _truth(self, images: list[dict[str, Any]]) -> dict[str, Any]:
         """Ground truth in COCO form. Image and annotation ids count from 1: an id may be a word, and COCO's matching takes
         annotation 0 for "unmatched"."""
-        classes, category_ids = self._classes()
+        category_ids = self._category_ids()
         annotations = []
         for index, image in enumerate(images, 1):
             for instance in image["annotations"]:
@@ -143,19 +128,15 @@ class CocoMetric(BaseMetric):
             "info": {}, "annotations": annotations,
             "images": [{"id": index, "height": image["ori_shape"][0], "width": image["ori_shape"][1]}
                        for index, image in enumerate(images, 1)],
-            "categories": [{"id": id_, "name": name} for id_, name in zip(category_ids, classes, strict=True)]}
+            "categories": [{"id": id_, "name": name} for id_, name in zip(category_ids, self.classes(), strict=True)]}
 
     def _detections(self, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Detections in COCO form, with the image ids of `_truth`."""
-        classes, category_ids = self._classes()
+        category_ids = self._category_ids()
         detections = []
         for index, image in enumerate(images, 1):
             sizes = image["boxes"][:, 2:] - image["boxes"][:, :2]
             corners_and_sizes = np.concatenate([image["boxes"][:, :2], sizes], axis=1).tolist()
-            if len(image["labels"]) and int(image["labels"].max()) >= len(classes):
-                raise ConfigError(
-                    f"the model predicts the label {int(image['labels'].max())}, but the data set has {len(classes)} classes "
-                    f"({', '.join(classes)}); make the model's num_classes {len(classes)}")
             for position, (box, score, label) in enumerate(
                     zip(corners_and_sizes, image["scores"].tolist(), image["labels"].tolist(), strict=True)):
                 detection = {"image_id": index, "category_id": category_ids[label], "bbox": box, "score": score}
@@ -164,12 +145,9 @@ class CocoMetric(BaseMetric):
                 detections.append(detection)
         return detections
 
-    def _classes(self) -> tuple[list[str], list[int]]:
-        meta = self.dataset_meta or {}
-        if "classes" not in meta:
-            raise ConfigError("CocoMetric needs the data set's `metainfo['classes']`, the name of each label")
-        classes = list(meta["classes"])
-        return classes, [int(id_) for id_ in meta.get("category_ids", range(1, len(classes) + 1))]
+    def _category_ids(self) -> list[int]:
+        """The file's id of each label; counted from 1 where there is no file."""
+        return [int(id_) for id_ in self.dataset_meta.get("category_ids", range(1, len(self.classes()) + 1))]
 
     def _write(self, detections: list[dict[str, Any]], images: list[dict[str, Any]]) -> None:
         path = Path(self.outfile)
@@ -230,17 +208,6 @@ def class_table(per_class: Mapping[str, tuple[float, float, int]]) -> str:
     return "\n".join(lines)
 
 
-def _once_each(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first result of each image: a sampler that fills its last round, or a data set that replaces an unreadable image,
-    shows some twice."""
-    first: dict[Any, dict[str, Any]] = {}
-    for result in results:
-        first.setdefault(result["img_id"], result)
-    if len(first) < len(results):
-        _warn(f"{len(results) - len(first)} of {len(results)} evaluated images came twice and count once")
-    return list(first.values())
-
-
 def _mean(precision: np.ndarray) -> float:
     """The mean over what COCO marks as counted; -1 when nothing is."""
     counted = precision[precision > -1]
@@ -252,14 +219,3 @@ def _encode(masks: np.ndarray) -> list[dict[str, Any]]:
     from pycocotools import mask as coding
     encoded = [coding.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
     return [{"size": one["size"], "counts": one["counts"].decode()} for one in encoded]
-
-
-def _array(values: Any) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values      # numpy has no bfloat16
-    return np.asarray(values)
-
-
-def _warn(message: str) -> None:
-    print_log(f"CocoMetric: {message}", logger="current", level=logging.WARNING)
