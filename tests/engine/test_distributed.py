@@ -2,11 +2,16 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from visionkit.engine import load_config, train
+from visionkit.engine.distributed import end_processes
 from visionkit.registry import ConfigError
 
 HERE = Path(__file__).parent
@@ -44,6 +49,23 @@ def test_two_ranks_at_batch_4_train_as_one_at_batch_8(toy, toy_file, toy_parts, 
     assert done.stdout.count("To go on: torchrun --nproc-per-node=2 ") == 1
     toy("stopped", more=SAME_IMAGES.format(batch_size=8), resume=True)
     assert one[5:] == pytest.approx(toy_parts.LOSSES, abs=1e-4)
+
+
+def test_what_holds_the_group_is_freed_before_the_interpreter_ends(tmp_path):
+    class Runner:
+        """Refers to itself, as mmengine's does through its hooks and loops."""
+        def __init__(self, model):
+            self.model, self.runner = model, self
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    model = DistributedDataParallel(nn.Linear(1, 1))
+    alive = weakref.ref(model)
+    runner = Runner(model)
+    del model, runner
+    assert alive() is not None
+    end_processes()
+    assert alive() is None
+    assert not dist.is_initialized()
 
 
 def test_the_launcher_wants_torchrun(toy_file, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Several processes on one job, on GPUs or on CPUs."""
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -43,6 +44,9 @@ def start_processes(cfg: Config) -> None:
 def end_processes() -> None:
     """Leave the group, so that torch has nothing to complain about."""
     if dist.is_available() and dist.is_initialized():
+        # The Runner is a reference cycle that holds the model that holds the group. Left to the end of the interpreter, the group's
+        # threads are cut down while they work, and now and then the process aborts after a run that went well.
+        gc.collect()
         dist.destroy_process_group()
 
 
