@@ -3,7 +3,11 @@ import torch
 from torch import nn
 
 from visionkit.models.backbones import ResNet
+from visionkit.ops import DeformConv2dPack
 from visionkit.testing import check_backbone
+
+V1, V2 = {"type": "DeformConv2dPack", "offset_groups": 4}, {"type": "ModulatedDeformConv2dPack", "offset_groups": 2}
+LAST = (False, False, False, True)
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN"])
@@ -83,6 +87,11 @@ def test_blocks_that_are_never_trained_do_not_start_as_the_identity():
     ({"depth": 18, "out_stages": (1, 2)}, r"numbers of 2 to 5 \(C2 to C5\), got \(1, 2\)"),
     ({"depth": 18, "frozen_stages": 6}, "frozen_stages must be 0"),
     ({"depth": 18, "strides": (1, 2)}, "one value for each of stages 2 to 5"),
+    ({"depth": 18, "stage_with_dcn": (True,)}, "one value for each of stages 2 to 5"),
+    ({"depth": 18, "stage_with_dcn": LAST}, "give both or neither; got dcn=None"),
+    ({"depth": 18, "dcn": V1}, "give both or neither"),
+    ({"depth": 18, "dcn": {"type": "DeformConv2dPak"}, "stage_with_dcn": LAST}, "^dcn.type: no op named 'DeformConv2dPak'"),
+    ({"depth": 34, "stride_in_1x1": True}, "the blocks of depth 34 have no 1x1 convolution"),
 ])
 def test_wrong_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -101,3 +110,102 @@ def test_torchvisions_checkpoint_loads_strictly_and_gives_its_features(depth):
         for ours_at, layer in zip(ours(images), (nn.Identity(), theirs.layer2, theirs.layer3, theirs.layer4), strict=True):
             features = layer(features)
             torch.testing.assert_close(ours_at, features)
+
+
+@pytest.mark.parametrize("arguments", [{"dcn": V1, "stage_with_dcn": LAST}, {"dcn": V2, "stage_with_dcn": (False, False, True, True)},
+                                       {"checkpointing": True}], ids=["DCNv1", "DCNv2", "checkpointing"])
+def test_deformable_and_checkpointed_networks_keep_the_backbone_contract(arguments):
+    check_backbone(ResNet(18, **arguments))
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["channels_first", "channels_last"])
+def test_a_fresh_deformable_network_is_the_plain_one_to_the_bit(depth, memory_format):
+    """Difference 0.0."""
+    dilated = {"strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2), "zero_init_residual": False}
+    plain, deformable = ResNet(depth, **dilated), ResNet(depth, **dilated, dcn=V1, stage_with_dcn=(False, False, True, True))
+    deformable.load_state_dict(plain.state_dict())                                     # strict: only the offset branches may be missing
+    images = torch.randn(2, 3, 64, 96).to(memory_format=memory_format)
+    with torch.no_grad():
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(deformable.eval()(images), plain.eval()(images), strict=True))
+
+
+def test_the_release_has_72_offset_channels_of_dilation_2_in_each_of_three_blocks():
+    """Spec of DCNv1: res5a, b, c branch2b, 3x3, dilation 2, stride 1, four groups, no bias; the offset branch alike, with a bias."""
+    resnet = ResNet(50, strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), dcn=V1, stage_with_dcn=LAST)
+    convolutions = [module for module in resnet.modules() if isinstance(module, DeformConv2dPack)]
+    assert convolutions == [block.conv2 for block in resnet.layer4]
+    for conv in convolutions:
+        assert conv.weight.shape == (512, 512, 3, 3)
+        assert conv.bias is None
+        assert conv.conv_offset.weight.shape == (72, 512, 3, 3)
+        assert conv.conv_offset.bias.shape == (72,)
+        assert (conv.stride, conv.padding, conv.dilation) == (1, 2, 2)
+        assert (conv.conv_offset.stride, conv.conv_offset.padding, conv.conv_offset.dilation) == ((1, 1), (2, 2), (2, 2))
+
+
+@pytest.mark.parametrize("dcn", [V1, V2], ids=["DCNv1", "DCNv2"])
+def test_offset_branches_start_at_zero_and_learn_in_the_first_step(dcn):
+    resnet = ResNet(18, dcn=dcn, stage_with_dcn=(False, False, True, True), zero_init_residual=False)
+    branches = {name: value for name, value in resnet.named_parameters() if "conv_offset" in name}
+    assert len(branches) == 8
+    assert not any(value.any() for value in branches.values())
+    assert resnet.layer4[0].conv2.weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.02)     # as the other convolutions
+    optimizer = torch.optim.SGD(resnet.parameters(), lr=0.1)
+    sum(feature.square().mean() for feature in resnet(torch.randn(2, 3, 64, 64))).backward()
+    assert all(value.grad.any() for value in branches.values())
+    optimizer.step()
+    assert all(value.any() for value in branches.values())
+
+
+def test_a_plain_checkpoint_may_lack_the_offset_branches_but_nothing_else():
+    plain = ResNet(18).state_dict()
+    resnet = ResNet(18, dcn=V1, stage_with_dcn=(False, False, True, True))
+    nn.init.ones_(resnet.layer4[0].conv2.conv_offset.bias)
+    resnet.load_state_dict(plain)
+    assert not resnet.layer4[0].conv2.conv_offset.bias.any()                           # what the plain network is
+    whole = resnet.state_dict()
+    for absent in ("layer4.0.conv2.weight", "layer4.0.conv2.conv_offset.bias"):
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{absent}"'):
+            resnet.load_state_dict({key: value for key, value in whole.items() if key != absent})
+    with pytest.raises(RuntimeError, match='Unexpected key.*"layer4.0.conv2.conv_offset.weight"'):
+        ResNet(18).load_state_dict(whole)
+
+
+def test_a_plain_checkpoint_fits_also_inside_a_larger_model():
+    model = nn.ModuleDict({"backbone": ResNet(18, dcn=V1, stage_with_dcn=LAST)})
+    model.load_state_dict({f"backbone.{key}": value for key, value in ResNet(18).state_dict().items()})
+
+
+def test_the_stride_may_be_in_the_first_1x1_convolution_of_a_stage():
+    caffe, ours = ResNet(50, stride_in_1x1=True), ResNet(50)
+    for stage in (caffe.layer2, caffe.layer3, caffe.layer4):
+        assert (stage[0].conv1.stride, stage[0].conv2.stride) == ((2, 2), (1, 1))
+    assert ours.layer2[0].conv2.stride == (2, 2)
+    images = torch.zeros(1, 3, 65, 95)
+    assert [feature.shape for feature in caffe(images)] == [feature.shape for feature in ours(images)]
+
+
+@pytest.mark.parametrize("frozen_stages", [0, 3])
+def test_checkpointing_changes_neither_gradients_nor_statistics(frozen_stages):
+    torch.manual_seed(0)
+    kept = ResNet(18, frozen_stages=frozen_stages, zero_init_residual=False)
+    again = ResNet(18, frozen_stages=frozen_stages, checkpointing=True)
+    again.load_state_dict(kept.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    for resnet in (kept, again):
+        sum(feature.square().mean() for feature in resnet(images)).backward()
+    for (name, value), other in zip(kept.named_parameters(), again.parameters(), strict=True):
+        assert (value.grad is None) == (other.grad is None), name
+        assert value.grad is None or torch.equal(value.grad, other.grad), name
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in kept.state_dict().items())
+
+
+def test_checkpointing_runs_each_block_again_in_the_backward_pass():
+    resnet = ResNet(18, checkpointing=True)
+    runs = []
+    resnet.layer3[0].conv1.register_forward_hook(lambda *_: runs.append(1))
+    loss = sum(feature.square().mean() for feature in resnet(torch.randn(1, 3, 64, 64)))
+    assert len(runs) == 1
+    loss.backward()
+    assert len(runs) == 2

@@ -1,13 +1,18 @@
 """Residual networks (He et al. 2015, arXiv:1512.03385), with the parameter names of torchvision's checkpoints."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
+import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
-from visionkit.registry import BACKBONES
+from visionkit.ops import DeformConv2dPack, ModulatedDeformConv2dPack
+from visionkit.ops.checkpointing import recompute
+from visionkit.registry import BACKBONES, OPS
 
+_OFFSET_BRANCH = ".conv2.conv_offset"                        # of a deformable block
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
@@ -30,18 +35,33 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+class BlockStyle(NamedTuple):
+    """What the blocks of a stage have in common."""
+    dilation: int                               # of the 3x3 convolutions
+    norm: Callable[[int], nn.Module]
+    dcn: Mapping | None = None                  # what the deformable convolution is, where the stage has one
+    stride_in_1x1: bool = False
+
+    def conv3x3(self, channels: int, stride: int) -> nn.Module:
+        """The 3x3 convolution that may be deformable."""
+        if self.dcn is None:
+            return nn.Conv2d(channels, channels, 3, stride, self.dilation, self.dilation, bias=False)
+        return OPS.make(self.dcn, at="dcn", in_channels=channels, out_channels=channels, kernel_size=3, stride=stride,
+                        padding=self.dilation, dilation=self.dilation, bias=False)
+
+
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (fig. 5, left)."""
+    """Two 3x3 convolutions and a shortcut (fig. 5, left); the second may be deformable."""
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, style: BlockStyle) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, dilation, dilation, bias=False)
-        self.bn1 = norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, dilation, dilation, bias=False)
-        self.bn2 = norm(channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, style.dilation, style.dilation, bias=False)
+        self.bn1 = style.norm(channels)
+        self.conv2 = style.conv3x3(channels, stride=1)
+        self.bn2 = style.norm(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(in_channels, channels, stride, norm)
+        self.downsample = _shortcut(in_channels, channels, stride, style.norm)
 
     @property
     def last_norm(self) -> nn.Module:
@@ -54,19 +74,20 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 and a shortcut (fig. 5, right); the stride is in the 3x3, as in torchvision, not in the first 1x1 as in the paper."""
+    """1x1, 3x3, 1x1 and a shortcut (fig. 5, right); the stride is in the 3x3, as in torchvision, or in the first 1x1, as in the paper."""
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, style: BlockStyle) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, dilation, dilation, bias=False)
-        self.bn2 = norm(channels)
+        in_1x1, in_3x3 = (stride, 1) if style.stride_in_1x1 else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, in_1x1, bias=False)
+        self.bn1 = style.norm(channels)
+        self.conv2 = style.conv3x3(channels, in_3x3)
+        self.bn2 = style.norm(channels)
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
-        self.bn3 = norm(channels * self.expansion)
+        self.bn3 = style.norm(channels * self.expansion)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(in_channels, channels * self.expansion, stride, norm)
+        self.downsample = _shortcut(in_channels, channels * self.expansion, stride, style.norm)
 
     @property
     def last_norm(self) -> nn.Module:
@@ -101,6 +122,13 @@ class ResNet(nn.Module):
         pretrained: a checkpoint that `init_weights` loads before training, a file or `torchvision://resnet50`; it must hold every weight.
         zero_init_residual: the last normalisation of each block starts at 0, so that each block starts as the identity
             (Goyal et al. 2017, arXiv:1706.02677, sec. 5.1); for training from scratch.
+        dcn: a deformable convolution for the 3x3 of each block (the second one of depths 18 and 34), such as
+            `dict(type="DeformConv2dPack", offset_groups=4)` (DCNv1, arXiv:1703.06211) or `ModulatedDeformConv2dPack` (DCNv2,
+            arXiv:1811.11168). Offsets start at zero, so DCNv1 starts as the plain network, to the bit; a checkpoint of the plain network
+            fits either.
+        stage_with_dcn: which of stages 2 to 5 have it.
+        stride_in_1x1: stages begin with the stride in the first 1x1 convolution, as in the Caffe models, instead of the 3x3.
+        checkpointing: keep only the input of each block for the backward pass and compute the rest again: less memory, more time.
 
     Attributes:
         out_channels: of each returned stage.
@@ -109,7 +137,9 @@ class ResNet(nn.Module):
 
     def __init__(self, depth: int, out_stages: Sequence[int] = (2, 3, 4, 5), frozen_stages: int = 0, norm: str = "BN",
                  strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1), pretrained: str | None = None,
-                 zero_init_residual: bool = True) -> None:
+                 zero_init_residual: bool = True, dcn: Mapping | None = None,
+                 stage_with_dcn: Sequence[bool] = (False, False, False, False), stride_in_1x1: bool = False,
+                 checkpointing: bool = False) -> None:
         super().__init__()
         if depth not in _BLOCKS:
             raise ValueError(f"ResNet comes in depths {', '.join(map(str, _BLOCKS))}; got {depth}")
@@ -119,23 +149,31 @@ class ResNet(nn.Module):
             raise ValueError(f"out_stages must be ascending numbers of 2 to 5 (C2 to C5), got {tuple(out_stages)}")
         if not 0 <= frozen_stages <= 5:
             raise ValueError(f"frozen_stages must be 0 (none) to 5 (all), got {frozen_stages}")
-        if len(strides) != 4 or len(dilations) != 4:
-            raise ValueError(f"strides and dilations need one value for each of stages 2 to 5, got {strides} and {dilations}")
+        if {len(strides), len(dilations), len(stage_with_dcn)} != {4}:
+            raise ValueError(f"strides, dilations and stage_with_dcn need one value for each of stages 2 to 5, got {strides}, {dilations} "
+                             f"and {stage_with_dcn}")
+        if (dcn is not None) != any(stage_with_dcn):
+            raise ValueError(f"dcn says what the deformable convolution is and stage_with_dcn where it stands: give both or neither; got "
+                             f"dcn={dcn} and stage_with_dcn={tuple(stage_with_dcn)}")
+        if stride_in_1x1 and depth < 50:
+            raise ValueError(f"stride_in_1x1 is for depths 50 and 101: the blocks of depth {depth} have no 1x1 convolution")
         block = BasicBlock if depth < 50 else Bottleneck
         self.out_stages = tuple(out_stages)
         self.frozen_stages = frozen_stages
         self.pretrained = pretrained
+        self.checkpointing = checkpointing
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = _NORMS[norm](64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         channels, stride, out_channels, out_strides = 64, 4, [], []
-        stages = zip(range(2, self.out_stages[-1] + 1), _BLOCKS[depth], strides, dilations, strict=False)     # no further than needed
-        for stage, blocks, stage_stride, dilation in stages:
+        stages = zip(range(2, self.out_stages[-1] + 1), _BLOCKS[depth], strides, dilations, stage_with_dcn, strict=False)
+        for stage, blocks, stage_stride, dilation, deformable in stages:                   # no further than needed
+            style = BlockStyle(dilation, _NORMS[norm], dcn if deformable else None, stride_in_1x1)
             width = 64 * 2 ** (stage - 2)
             layers = []
             for index in range(blocks):
-                layers.append(block(channels, width, stage_stride if index == 0 else 1, dilation, _NORMS[norm]))
+                layers.append(block(channels, width, stage_stride if index == 0 else 1, style))
                 channels = width * block.expansion
             setattr(self, f"layer{stage - 1}", nn.Sequential(*layers))
             stride *= stage_stride
@@ -147,14 +185,15 @@ class ResNet(nn.Module):
         self._initialise(zero_init_residual)
         for module in self._frozen():
             module.requires_grad_(False)
-        self.register_load_state_dict_pre_hook(_drop_what_is_not_built)
+        self.register_load_state_dict_pre_hook(_fit_plain_checkpoint)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] to one [B, C_i, H / s_i, W / s_i] for each of `out_stages`; sizes are rounded up."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features = []
         for stage in range(2, self.out_stages[-1] + 1):
-            x = getattr(self, f"layer{stage - 1}")(x)
+            for block in getattr(self, f"layer{stage - 1}"):
+                x = recompute(block, x) if self.checkpointing else block(x)
             if stage in self.out_stages:
                 features.append(x)
         return tuple(features)
@@ -185,16 +224,22 @@ class ResNet(nn.Module):
 
     def _initialise(self, zero_init_residual: bool) -> None:
         frozen = {block for stage in self._frozen() for block in stage.modules()}
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+        for name, module in self.named_modules():
+            if name.endswith(_OFFSET_BRANCH):
+                continue                                                                     # zero, as the deformable convolution made it
+            if isinstance(module, nn.Conv2d | DeformConv2dPack | ModulatedDeformConv2dPack):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, BasicBlock | Bottleneck) and zero_init_residual and module not in frozen \
                     and not isinstance(module.last_norm, FrozenBatchNorm2d):                 # a zero that is not trained would stay
                 nn.init.zeros_(module.last_norm.weight)
 
 
-def _drop_what_is_not_built(module: ResNet, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """A classification checkpoint loads strictly: its last layer, and stages beyond the last one returned, are not part of a backbone."""
+def _fit_plain_checkpoint(module: ResNet, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """A classification checkpoint loads strictly: its last layer, and stages beyond the last one returned, are not part of a backbone, and
+    a network without any offset branch is one whose offsets are zero."""
     beyond = tuple(f"{prefix}layer{stage - 1}." for stage in range(module.out_stages[-1] + 1, 6))
     for key in [key for key in state_dict if key.startswith((f"{prefix}fc.", *beyond))]:
         del state_dict[key]
+    if not any(f"{_OFFSET_BRANCH}." in key for key in state_dict if key.startswith(prefix)):
+        branches = {prefix + key: torch.zeros_like(value) for key, value in module.state_dict().items() if f"{_OFFSET_BRANCH}." in key}
+        state_dict.update(branches)
