@@ -7,9 +7,11 @@ from visionkit.ops import (
     box_area,
     box_iou,
     clip_boxes,
+    cxcywh_to_xyxy,
     elementwise_box_iou,
     elementwise_generalized_box_iou,
     generalized_box_iou,
+    xyxy_to_cxcywh,
 )
 
 PAIRWISE = [box_iou, generalized_box_iou]
@@ -208,3 +210,9 @@ def test_box_area_and_clipping_known_values():
     clipped = clip_boxes(boxes, height=10, width=20)
     assert clipped.tolist() == [[0, 2, 20, 10]]
     assert box_area(clipped).tolist() == [160]
+
+
+def test_centre_form_and_corner_form_are_the_same_box():
+    corners = torch.tensor([[[10.0, 20, 50, 40], [0, 0, 0, 6]]])
+    assert xyxy_to_cxcywh(corners).tolist() == [[[30, 30, 40, 20], [0, 3, 0, 6]]]
+    assert torch.equal(cxcywh_to_xyxy(xyxy_to_cxcywh(corners)), corners)

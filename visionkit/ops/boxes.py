@@ -69,6 +69,18 @@ def clip_boxes(boxes: Tensor, height: float, width: float) -> Tensor:
     return torch.stack([x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)], dim=-1)
 
 
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(centre x, centre y, width, height) to (x1, y1, x2, y2), [..., 4] in any unit."""
+    center, size = boxes.split(2, -1)
+    return torch.cat([center - size / 2, center + size / 2], -1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(x1, y1, x2, y2) to (centre x, centre y, width, height), [..., 4] in any unit."""
+    top_left, bottom_right = boxes.split(2, -1)
+    return torch.cat([(top_left + bottom_right) / 2, bottom_right - top_left], -1)
+
+
 def _check(boxes: Tensor, others: Tensor, elementwise: bool = False) -> None:
     for name, value in (("boxes", boxes), ("others", others)):
         if value.ndim != 2 or value.shape[1] != 4:
