@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from mmengine.structures import BaseDataElement, InstanceData
 
+from visionkit.structures.panoptic_map import PanopticMap
+
 __all__ = ["InstanceData", "Sample"]
 
 
@@ -15,12 +17,15 @@ class Sample(BaseDataElement):
         gt_instances: `bboxes` [N, 4] (x1, y1, x2, y2) in pixels of the *network input*, `labels` [N] int64, and where the
             pipeline loads them `masks` [N, h, w] bool.
         ignored_instances: the same for crowd regions: neither object nor background.
-        pred_instances: `bboxes` [N, 4] in pixels of the *original image*, `scores` [N] descending, `labels` [N].
+        pred_instances: `bboxes` [N, 4] in pixels of the *original image*, `scores` [N] descending, `labels` [N], and of models that
+            predict them `masks` [N, h, w] bool in the original size.
+        pred_panoptic: a `PanopticMap` in the original size, of models that predict one.
 
     Meta information (attributes set through `set_metainfo`):
         img_id, img_path; ori_shape (h, w) of the file; img_shape (h, w) of the network input without padding;
         scale_factor (x, y), input over original; flip (bool) and flip_direction;
-        annotations: the image's ground truth in *original* pixels, as the dataset gives it; what metrics compare with.
+        annotations: the image's ground truth in *original* pixels, as the dataset gives it; what metrics compare with;
+        panoptic: a `PanopticMap` in the original size, where the pipeline keeps it for a metric.
     """
 
     @property
@@ -46,3 +51,11 @@ class Sample(BaseDataElement):
     @pred_instances.setter
     def pred_instances(self, value: InstanceData) -> None:
         self.set_field(value, "_pred_instances", dtype=InstanceData)
+
+    @property
+    def pred_panoptic(self) -> PanopticMap:
+        return self._pred_panoptic
+
+    @pred_panoptic.setter
+    def pred_panoptic(self, value: PanopticMap) -> None:
+        self.set_field(value, "_pred_panoptic", dtype=PanopticMap)
