@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from visionkit.models.heads.roi_head import Examples, RoIHead
 from visionkit.ops import box_iou
 from visionkit.registry import HEADS, MODELS, NECKS, ConfigError
 from visionkit.structures import ImageBatch, InstanceData, Sample
@@ -129,10 +130,10 @@ def test_fpn_adds_the_coarser_level_to_the_finer():
 
 
 def test_boxes_go_to_the_level_of_their_size():
-    head = HEADS.build({"type": "RoIBoxHead", "num_classes": 1, "in_channels": (8,) * 5, "strides": (4, 8, 16, 32, 64)})
+    pooling = HEADS.build({"type": "PyramidRoIAlign", "in_channels": (8,) * 5, "strides": (4, 8, 16, 32, 64)})
     sides = torch.tensor([10.0, 111, 112, 223, 224, 448, 5000])
     boxes = torch.stack([torch.zeros(7), torch.zeros(7), sides, sides], 1)
-    assert head.level_of(boxes).tolist() == [0, 0, 1, 1, 2, 3, 3]
+    assert pooling.level_of(boxes).tolist() == [0, 0, 1, 1, 2, 3, 3]
 
 
 def test_proposals_are_the_best_boxes_of_their_own_image():
@@ -206,3 +207,68 @@ def test_only_the_box_of_the_true_class_learns(label):
 def test_heads_refuse_levels_of_different_width():
     with pytest.raises(ValueError, match="same channels on each, got"):
         HEADS.build({"type": "RPN", "in_channels": (8, 16), "strides": (4, 8)})
+
+
+DEFORMABLE = {
+    "type": "FasterRCNN",
+    "backbone": {"type": "ResNet", "depth": 18, "norm": "GN", "out_stages": (4, 5), "strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2),
+                 "dcn": {"type": "DeformConv2dPack", "offset_groups": 4}, "stage_with_dcn": (False, False, False, True)},
+    "neck": None,
+    "rpn": {"type": "RPN", "anchor_scales": (2, 4), "hidden_channels": 32, "pre_nms": (100, 50), "post_nms": (50, 30)},
+    "roi": {"type": "RoIBoxHead", "num_classes": 3, "pooling": {"type": "DeformableRoIPooling", "reduced_channels": 16, "pool_size": 3},
+            "hidden_channels": (32,), "sampler": {"type": "BalancedSampler", "num": 64, "positive_fraction": 0.25}},
+}
+
+
+def test_deformable_faster_rcnn_keeps_the_model_contract():
+    torch.manual_seed(0)
+    check_model(MODELS.build(DEFORMABLE), num_classes=3)
+
+
+def test_without_a_neck_the_stages_work_on_the_first_and_on_the_last_map():
+    model = MODELS.build(DEFORMABLE)
+    seen = {}
+    for name in ("rpn", "roi"):
+        getattr(model, name).register_forward_pre_hook(lambda _, arguments, name=name: seen.update({name: arguments[0]}))
+    model.train()(images(2), [sample(), sample()], mode="loss")
+    assert [feature.shape[1:] for feature in seen["rpn"]] == [(256, 4, 6)]
+    assert [feature.shape[1:] for feature in seen["roi"]] == [(512, 4, 6)]
+
+
+def test_the_deformable_detector_starts_as_the_one_whose_convolutions_and_bins_stay():
+    """Difference 0.0, of deformable convolution and deformable pooling together."""
+    torch.manual_seed(0)
+    plain_backbone = {key: value for key, value in DEFORMABLE["backbone"].items() if "dcn" not in key}
+    plain, deformable = MODELS.build(DEFORMABLE | {"backbone": plain_backbone}).eval(), MODELS.build(DEFORMABLE).eval()
+    deformable.load_state_dict(plain.state_dict())
+    in_place = plain.roi.pooling._pool
+    plain.roi.pooling._pool = lambda reduced, rois, offset: in_place(reduced, rois, None)
+    results = []
+    for model in (plain, deformable):
+        model.roi.score_threshold = 0.0
+        with torch.inference_mode():
+            results.append(model(images(2), [sample(), sample()], mode="predict"))
+    for ours, theirs in zip(*results, strict=True):
+        assert len(ours.pred_instances)
+        assert torch.equal(ours.pred_instances.scores, theirs.pred_instances.scores)
+        assert torch.equal(ours.pred_instances.bboxes, theirs.pred_instances.bboxes)
+
+
+@pytest.mark.parametrize("beta, expected", [(0.0, 2.0), (1.0, 1.5), (8.0, 0.25)])
+def test_the_box_loss_is_smooth_below_beta(beta, expected):
+    """Of a delta that is off by 2: L1 2, smooth L1 2 - 0.5, and 2^2 / 16."""
+    head = RoIHead(2, smooth_l1_beta=beta)
+    examples = Examples([torch.zeros(2, 4)], torch.tensor([1, 2]), torch.tensor([[2.0, 0, 0, 0], [0, 0, 0, 0]]))
+    _, box_losses = head.losses_of_each(torch.zeros(2, 3), torch.zeros(2, 1, 4), examples)
+    assert box_losses.tolist() == pytest.approx([expected, 0.0])
+
+
+def test_the_rpn_takes_smooth_l1_too():
+    losses = []
+    for beta in (0.0, 1.0):
+        torch.manual_seed(0)
+        model = MODELS.build(config(rpn=config()["rpn"] | {"smooth_l1_beta": beta}))
+        losses.append(model(images(1), [sample()], mode="loss")["loss_rpn_box"].item())
+    assert losses[1] < losses[0]
+    with pytest.raises(ConfigError, match="rpn: RPN: smooth_l1_beta must be 0"):
+        MODELS.build(config(rpn={"type": "RPN", "smooth_l1_beta": -1.0}))

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from visionkit.models.targets import IGNORED, NEGATIVE, AnchorGrid, BalancedSampler, BoxCoder, IoUMatcher
+from visionkit.models.targets import IGNORED, NEGATIVE, AllSampler, AnchorGrid, BalancedSampler, BoxCoder, IoUMatcher
 
 NONE = torch.zeros(0, 4)
 
@@ -46,6 +46,18 @@ def test_boxes_are_positive_negative_or_between():
     objects = torch.tensor([[0.0, 0, 10, 10]])
     boxes = torch.tensor([[0.0, 0, 10, 8], [0, 0, 10, 5], [0, 0, 10, 2]])       # IoU 0.8, 0.5, 0.2
     assert IoUMatcher(0.7, 0.3)(boxes, objects, NONE).tolist() == [0, IGNORED, NEGATIVE]
+
+
+def test_background_may_be_asked_to_lie_near_an_object():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 3], [0, 0, 10, 1], [0, 0, 10, 0.9], [50, 50, 60, 60]])    # IoU 1, 0.3, 0.1, 0.09, 0
+    matched = IoUMatcher(0.5, 0.5, background_from=0.1)(boxes, boxes[:1], NONE)
+    assert matched.tolist() == [0, NEGATIVE, NEGATIVE, IGNORED, IGNORED]
+
+
+def test_all_that_is_not_ignored_may_be_taken():
+    positives, negatives = AllSampler()(torch.tensor([NEGATIVE, 3, IGNORED, 0, NEGATIVE, IGNORED]))
+    assert positives.tolist() == [1, 3]
+    assert negatives.tolist() == [0, 4]
 
 
 def test_an_object_that_no_box_reaches_keeps_its_best_ones():

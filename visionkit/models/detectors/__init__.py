@@ -1,4 +1,6 @@
 """Object detectors, one architecture a file."""
+from visionkit.models.detectors.deformable_detr import DeformableDETR
 from visionkit.models.detectors.faster_rcnn import FasterRCNN
+from visionkit.models.detectors.r_fcn import RFCN
 
-__all__ = ["FasterRCNN"]
+__all__ = ["RFCN", "DeformableDETR", "FasterRCNN"]

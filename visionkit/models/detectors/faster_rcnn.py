@@ -13,7 +13,7 @@ from visionkit.structures import ImageBatch, Sample
 
 class FirstStage(NamedTuple):
     """What the second stage works on."""
-    features: tuple[Tensor, ...]    # [B, C, h_l, w_l] a pyramid level
+    features: tuple[Tensor, ...]    # [B, C_l, h_l, w_l] a pyramid level, or a stage of the backbone
     objectness: Objectness
     proposals: list[Tensor]         # [P, 4] an image, best first, image pixels
 
@@ -24,30 +24,38 @@ class FasterRCNN(Model):
 
     Args:
         backbone: images to feature maps; tells the neck its channels and strides.
-        neck: feature maps to a pyramid; tells both stages its channels and strides.
+        neck: feature maps to a pyramid; tells both stages its channels and strides. None: without a pyramid, the first stage works on
+            the first feature map and the second stage on the last, such as C4 and a dilated C5.
         rpn: pyramid to proposals.
         roi: pyramid and proposals to detections.
         data_preprocessor: raw images to a batch.
     """
 
-    def __init__(self, backbone: dict | nn.Module, neck: dict | nn.Module, rpn: dict | nn.Module, roi: dict | nn.Module,
+    def __init__(self, backbone: dict | nn.Module, neck: dict | nn.Module | None, rpn: dict | nn.Module, roi: dict | nn.Module,
                  data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(data_preprocessor)
         self.backbone = BACKBONES.make(backbone, at="backbone")
-        self.neck = NECKS.make(neck, at="neck", in_channels=self.backbone.out_channels, strides=self.backbone.strides)
-        pyramid = {"in_channels": self.neck.out_channels, "strides": self.neck.strides}
-        self.rpn = HEADS.make(rpn, at="rpn", **pyramid)
-        self.roi = HEADS.make(roi, at="roi", **pyramid)
+        channels, strides = self.backbone.out_channels, self.backbone.strides
+        self.neck = None if neck is None else NECKS.make(neck, at="neck", in_channels=channels, strides=strides)
+        if self.neck is None:
+            self.first, self.second = slice(0, 1), slice(-1, None)                          # which maps each stage works on
+        else:
+            self.first = self.second = slice(None)
+            channels, strides = self.neck.out_channels, self.neck.strides
+        self.rpn = HEADS.make(rpn, at="rpn", in_channels=channels[self.first], strides=strides[self.first])
+        self.roi = HEADS.make(roi, at="roi", in_channels=channels[self.second], strides=strides[self.second])
 
     def forward(self, images: ImageBatch) -> FirstStage:
-        features = self.neck(self.backbone(images.tensor))
-        objectness = self.rpn(features)
+        features = self.backbone(images.tensor)
+        if self.neck is not None:
+            features = self.neck(features)
+        objectness = self.rpn(features[self.first])
         return FirstStage(features, objectness, self.rpn.propose(objectness, images.sizes))
 
     def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:
         features, objectness, proposals = self(images)
-        return {**self.rpn.loss(features, objectness, samples), **self.roi.loss(features, proposals, samples)}
+        return {**self.rpn.loss(features[self.first], objectness, samples), **self.roi.loss(features[self.second], proposals, samples)}
 
     def predict(self, images: ImageBatch, samples: list[Sample]) -> list[Sample]:
         features, _, proposals = self(images)
-        return self.roi.predict(features, proposals, samples)
+        return self.roi.predict(features[self.second], proposals, samples)

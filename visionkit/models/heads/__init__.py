@@ -1,5 +1,7 @@
 """Features to predictions: heads that two or more architectures share."""
 from visionkit.models.heads.roi_box import RoIBoxHead
+from visionkit.models.heads.roi_head import RoIHead
+from visionkit.models.heads.roi_pooling import DeformableRoIPooling, PyramidRoIAlign
 from visionkit.models.heads.rpn import RPN
 
-__all__ = ["RPN", "RoIBoxHead"]
+__all__ = ["RPN", "DeformableRoIPooling", "PyramidRoIAlign", "RoIBoxHead", "RoIHead"]

@@ -39,16 +39,20 @@ class RPN(nn.Module):
         nms_iou: proposals of one level that overlap by more are thinned out.
         pre_nms: proposals a level kept before that, in training and in testing.
         post_nms: proposals an image kept after it, in training and in testing.
+        smooth_l1_beta: where the box loss goes over from a parabola to L1, 1/9 in the paper's code; 0: L1 everywhere.
     """
 
     def __init__(self, in_channels: Sequence[int], strides: Sequence[int], hidden_channels: int | None = None,
                  anchor_scales: Sequence[float] = (8.0,), anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
                  matcher: dict | nn.Module | None = None, sampler: dict | nn.Module | None = None, nms_iou: float = 0.7,
-                 pre_nms: tuple[int, int] = (2000, 1000), post_nms: tuple[int, int] = (1000, 1000)) -> None:
+                 pre_nms: tuple[int, int] = (2000, 1000), post_nms: tuple[int, int] = (1000, 1000),
+                 smooth_l1_beta: float = 0.0) -> None:
         super().__init__()
         if len(set(in_channels)) != 1:
             raise ValueError(f"an RPN is shared by all levels and needs the same channels on each, got {tuple(in_channels)}; "
                              f"put a neck before it")
+        if smooth_l1_beta < 0:
+            raise ValueError(f"smooth_l1_beta must be 0 (L1) or positive, got {smooth_l1_beta}")
         hidden_channels = hidden_channels or in_channels[0]
         self.anchors = AnchorGrid(strides, anchor_scales, anchor_ratios)
         self.coder = BoxCoder()
@@ -57,6 +61,7 @@ class RPN(nn.Module):
         self.nms_iou = nms_iou
         self.pre_nms = tuple(pre_nms)
         self.post_nms = tuple(post_nms)
+        self.smooth_l1_beta = smooth_l1_beta
         self.conv = nn.Conv2d(in_channels[0], hidden_channels, 3, padding=1)
         self.classify = nn.Conv2d(hidden_channels, self.anchors.per_position, 1)
         self.regress = nn.Conv2d(hidden_channels, self.anchors.per_position * 4, 1)
@@ -75,7 +80,7 @@ class RPN(nn.Module):
         return Objectness(logits, deltas, self.anchors([feature.shape[2:] for feature in features]))
 
     def loss(self, features: Sequence[Tensor], objectness: Objectness, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Eq. 1 with both terms over the number of sampled anchors, and L1 for smooth L1.
+        """Eq. 1 with both terms over the number of sampled anchors.
 
         Of the tens of thousands of anchors of an image, `sampler` takes a few hundred, and only those have a gradient. So the dense pass
         keeps none, and the network is run once more, with gradient, at the sampled positions alone: the same numbers, for a third of
@@ -96,7 +101,7 @@ class RPN(nn.Module):
         normaliser = mean_over_ranks(len(chosen), logits.device)
         return {
             "loss_rpn_class": F.binary_cross_entropy_with_logits(logits, positive.to(logits), reduction="sum") / normaliser,
-            "loss_rpn_box": F.l1_loss(deltas[positive], targets, reduction="sum") / normaliser,
+            "loss_rpn_box": F.smooth_l1_loss(deltas[positive], targets, reduction="sum", beta=self.smooth_l1_beta) / normaliser,
         }
 
     @staticmethod

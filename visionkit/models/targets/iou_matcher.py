@@ -20,18 +20,23 @@ class IoUMatcher(nn.Module):
     Args:
         positive: from this IoU on, a box is an example of the object it overlaps most.
         negative: below this IoU it is background; what lies between the two is ignored.
+        background_from: what overlaps objects by less than this is ignored too: Fast R-CNN (arXiv:1504.08083, sec. 2.3) learns
+            background from boxes near objects only.
         rescue_from: every object takes the boxes that overlap it most, if by at least this IoU, even from another object; None: not.
         crowd_share: background boxes with more than this share of their area in one crowd region are ignored.
     """
 
-    def __init__(self, positive: float = 0.5, negative: float = 0.5, rescue_from: float | None = None, crowd_share: float = 0.5) -> None:
+    def __init__(self, positive: float = 0.5, negative: float = 0.5, rescue_from: float | None = None, crowd_share: float = 0.5,
+                 background_from: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= negative <= positive <= 1:
-            raise ValueError(f"matching needs 0 <= negative <= positive <= 1, got negative={negative}, positive={positive}")
+        if not 0 <= background_from <= negative <= positive <= 1:
+            raise ValueError(f"matching needs 0 <= background_from <= negative <= positive <= 1, got {background_from=}, {negative=}, "
+                             f"{positive=}")
         self.positive = positive
         self.negative = negative
         self.rescue_from = rescue_from
         self.crowd_share = crowd_share
+        self.background_from = background_from
 
     @torch.no_grad()
     def forward(self, boxes: Tensor, objects: Tensor, crowds: Tensor) -> Tensor:
@@ -43,7 +48,8 @@ class IoUMatcher(nn.Module):
         if len(objects):
             iou = box_iou(objects, boxes)                                   # [G, N]: one row an object keeps the reductions fast
             best, matched = iou.max(0)
-            matched = torch.where(best >= self.positive, matched, torch.where(best < self.negative, NEGATIVE, IGNORED))
+            background = (best >= self.background_from) & (best < self.negative)
+            matched = torch.where(best >= self.positive, matched, torch.where(background, NEGATIVE, IGNORED))
             if self.rescue_from is not None and len(boxes):
                 reach = iou.max(1, keepdim=True).values                     # what each object gets at best
                 rescued = (iou == reach) & (reach >= self.rescue_from)

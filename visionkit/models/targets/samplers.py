@@ -39,3 +39,12 @@ class BalancedSampler(nn.Module):
             return candidates[:count]
         chosen = torch.randperm(len(candidates))[:count].to(candidates.device)      # on the CPU: the same draw on every device
         return candidates[chosen]
+
+
+@TARGETS.register_module()
+class AllSampler(nn.Module):
+    """Every box that is not ignored."""
+
+    def forward(self, matched: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of the positives and of the negatives in `matched` [N], the answer of a matcher."""
+        return (matched >= 0).nonzero()[:, 0], (matched == NEGATIVE).nonzero()[:, 0]
