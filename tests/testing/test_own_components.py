@@ -19,7 +19,7 @@ TRANSFORM_ARGUMENTS = {
     "RandomCrop": {"size": (40, 32)},
     "Resize": {"scale": (96, 40)},
 }
-START_OR_END = {"LoadImageFromFile", "LoadAnnotations", "PackSample"}               # take or give something else
+START_OR_END = {"LoadImageFromFile", "LoadAnnotations", "LoadPanopticAnnotations", "PackSample"}        # take or give something else
 
 
 def ours(registry):

@@ -13,6 +13,8 @@ from visionkit.datasets.detection import DetectionDataset, check_classes
 from visionkit.datasets.roots import require
 from visionkit.registry import DATASETS, ConfigError
 
+NEEDED = {"images": ("id", "file_name", "width", "height"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
+
 
 @DATASETS.register_module()
 class CocoDataset(DetectionDataset):
@@ -99,8 +101,12 @@ def _inside(box: list[float], record: Mapping[str, Any]) -> bool:
     return (-slack <= box[0] < box[2] <= record["width"] + slack) and (-slack <= box[1] < box[3] <= record["height"] + slack)
 
 
-def read_coco(file: str) -> dict[str, list[dict[str, Any]]]:
+def read_coco(file: str, needed: Mapping[str, tuple[str, ...]] = NEEDED) -> dict[str, list[dict[str, Any]]]:
     """`images`, `annotations` (none in a file for testing only) and `categories` of a COCO JSON file.
+
+    Args:
+        file: its path.
+        needed: the keys that every entry of each part must have.
 
     Raises:
         ConfigError: the file is no JSON, or lacks something of the format; says what.
@@ -113,7 +119,6 @@ def read_coco(file: str) -> dict[str, list[dict[str, Any]]]:
     if not isinstance(content, dict) or "images" not in content or "categories" not in content:
         has = ", ".join(content) if isinstance(content, dict) else type(content).__name__
         raise ConfigError(f"{file} is not in COCO's format: wanted `images`, `annotations` and `categories`, found {has}", ("ann_file",))
-    needed = {"images": ("id", "file_name", "width", "height"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
     content.setdefault("annotations", [])
     for part, keys in needed.items():
         for index, entry in enumerate(content[part]):

@@ -91,7 +91,7 @@ class PanopticMap:
         if background is not None:
             ids[ids == VOID] = len(masks) + 1
             labels = [*labels, background]
-        iscrowd = [False] * len(labels) if iscrowd is None else [*iscrowd, False]
+        iscrowd = [*(iscrowd or [False] * len(masks)), False]
         areas = areas_of(ids)
         return cls(ids, tuple(Segment(index + 1, int(label), bool(isthing[label]), areas[index + 1], bool(iscrowd[index]))
                               for index, label in enumerate(labels) if index + 1 in areas))
@@ -104,7 +104,7 @@ class PanopticMap:
 
     @classmethod
     def from_coco(cls, ids: np.ndarray, segments_info: Iterable[Mapping[str, Any]], labels: Mapping[int, int],
-                  isthing: Sequence[bool]) -> PanopticMap:
+                  isthing: Sequence[bool] | Mapping[int, bool]) -> PanopticMap:
         """A map from what COCO's JSON says of it; areas are counted, not believed.
 
         Args:

@@ -6,7 +6,8 @@ from visionkit.transforms.color import PhotoMetricDistortion
 from visionkit.transforms.geometry import RandomCrop, RandomFlip, Resize
 from visionkit.transforms.loading import BrokenImageError, LoadAnnotations, LoadImageFromFile, decode_image
 from visionkit.transforms.packing import PackSample
+from visionkit.transforms.panoptic import BoxesFromMasks, LoadPanopticAnnotations
 from visionkit.transforms.pipeline import build_pipeline
 
-__all__ = ["Albumentations", "BrokenImageError", "LoadAnnotations", "LoadImageFromFile", "PackSample", "PhotoMetricDistortion",
-           "RandomCrop", "RandomFlip", "Resize", "build_pipeline", "decode_image"]
+__all__ = ["Albumentations", "BoxesFromMasks", "BrokenImageError", "LoadAnnotations", "LoadImageFromFile", "LoadPanopticAnnotations",
+           "PackSample", "PhotoMetricDistortion", "RandomCrop", "RandomFlip", "Resize", "build_pipeline", "decode_image"]

@@ -39,7 +39,7 @@ class PackSample(BaseTransform):
             "scale_factor": tuple(map(float, results.get("scale_factor", (1.0, 1.0)))),
             "flip": bool(results.get("flip", False)), "flip_direction": results.get("flip_direction"),
             "annotations": results.get("instances", [])})
-        for key in ("caption", "replaced"):
+        for key in ("caption", "replaced", "panoptic"):
             if key in results:
                 sample.set_metainfo({key: results[key]})
         for key in self.meta_keys:
