@@ -16,6 +16,9 @@ def test_valid_marks_the_image_and_not_its_padding():
     batch = ImageBatch.stack([torch.zeros(3, 2, 3), torch.zeros(3, 4, 1)])
     assert batch.valid().sum((1, 2)).tolist() == [6, 4]
     assert batch.valid()[1, :, 0].all()
+    assert batch.padded
+    assert not ImageBatch.stack([torch.zeros(3, 2, 3)] * 2).padded
+    assert ImageBatch.stack([torch.zeros(3, 2, 3)] * 2, divisor=4).padded
 
 
 @pytest.mark.parametrize("sizes, message", [([(4, 4)], "1 sizes for 2 images"), ([(4, 4), (5, 4)], "image 1 is said to be 5x4")])

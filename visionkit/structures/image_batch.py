@@ -63,6 +63,11 @@ class ImageBatch:
     def device(self) -> torch.device:
         return self.tensor.device
 
+    @property
+    def padded(self) -> bool:
+        """Whether any image is smaller than the tensor."""
+        return any(size != tuple(self.tensor.shape[2:]) for size in self.sizes)
+
     def valid(self) -> Tensor:
         """[B, H, W] bool, true on the image, false on its padding."""
         batch, _, height, width = self.tensor.shape

@@ -1,4 +1,15 @@
 """Building blocks that several architectures share."""
 from visionkit.models.layers.mlp import MLP
+from visionkit.models.layers.position_encoding import LearnedPositionEncoding, SinePositionEncoding, sinusoid
+from visionkit.models.layers.transformer import (
+    Attention,
+    FeedForward,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "Attention", "FeedForward", "LearnedPositionEncoding", "SinePositionEncoding", "Transformer", "TransformerDecoder",
+           "TransformerDecoderLayer", "TransformerEncoder", "TransformerEncoderLayer", "sinusoid"]
