@@ -8,7 +8,7 @@ import torch
 
 from visionkit.engine.pictures import PictureHook, draw_sample, file_name, original_image, training_sheet
 from visionkit.registry import HOOKS, ConfigError
-from visionkit.structures import InstanceData, Sample
+from visionkit.structures import InstanceData, PanopticMap, Sample
 from visionkit.visualization import class_color
 
 ANNOTATION = {"bbox": [10, 10, 50, 40], "bbox_label": 0, "ignore_flag": 0}
@@ -90,6 +90,19 @@ def test_without_ground_truth_there_is_one_picture():
     bare.pop("annotations")
     drawn = draw_sample(np.full((80, 100, 3), 128, np.uint8), bare, ("a", "b", "c"))
     assert drawn.shape == (384, 480, 3)
+
+
+def test_a_panoptic_map_is_drawn_instead_of_boxes_beside_the_true_one():
+    def everywhere(label):
+        return PanopticMap.of_layers([np.ones((80, 100))], [label], (False,) * 3, size=(80, 100))
+    both = sample(panoptic=everywhere(0))
+    both.pred_panoptic = everywhere(1)
+    drawn = draw_sample(np.full((80, 100, 3), 128, np.uint8), both, ("a", "b", "c"))
+    left, right = drawn[:, :drawn.shape[1] // 2], drawn[:, drawn.shape[1] // 2:]
+    for half, label in ((left, 0), (right, 1)):
+        np.testing.assert_allclose(np.median(half[60:-20], axis=(0, 1)), (np.array(class_color(label)) + 128) / 2, atol=2)
+    both.pop("panoptic")
+    assert draw_sample(np.full((80, 100, 3), 128, np.uint8), both, ("a", "b", "c")).shape == (384, 480, 3)
 
 
 def test_the_original_image_is_its_file(tmp_path):

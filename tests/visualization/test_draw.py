@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from visionkit.visualization import class_color, contact_sheet, draw_instances, save_image, side_by_side
+from visionkit.structures import PanopticMap
+from visionkit.visualization import class_color, contact_sheet, draw_instances, draw_panoptic, save_image, side_by_side
 
 GRAY = np.full((480, 640, 3), 120, np.uint8)
 
@@ -80,6 +81,38 @@ def test_masks_tint_their_pixels_only():
     drawn = draw_instances(GRAY, [[100, 200, 300, 400]], [0], masks=torch.from_numpy(mask))
     assert tuple(drawn[255, 155]) == tuple((0.55 * 120 + 0.45 * np.array(class_color(0))).astype(np.uint8))
     assert tuple(drawn[255, 165]) == (120, 120, 120)
+
+
+def panoptic(*regions):
+    """A map of 480 x 640 with things of the label 1 in `regions`, (top, bottom, left, right), on stuff of the label 0; the first row
+    is void."""
+    masks = np.zeros((len(regions) + 1, 480, 640), bool)
+    masks[0, 1:] = True
+    for mask, (top, bottom, left, right) in zip(masks[1:], regions, strict=True):
+        mask[top:bottom, left:right] = True
+    return PanopticMap.of_layers(masks, [0] + [1] * len(regions), (False, True), size=(480, 640))
+
+
+def test_segments_are_tinted_by_class_edged_and_named_where_the_name_fits():
+    drawn = draw_panoptic(GRAY, panoptic((100, 300, 100, 400), (400, 410, 500, 520)), classes=("sky", "cat"))
+    half = (np.array(class_color(0)) + 120) / 2
+    np.testing.assert_allclose(drawn[450, 50], half, atol=1.5)
+    assert (drawn[100, 150:350] == 255).all()                # the edge
+    assert has(drawn[105:295, 105:395], class_color(1))      # the tag of the large thing, in the full colour
+    assert not has(drawn[398:412, 498:522], class_color(1))  # none of the small one
+    assert has(drawn, class_color(0))
+    np.testing.assert_allclose(drawn[0, 5], 60, atol=1)      # void
+    assert not np.array_equal(drawn, draw_panoptic(GRAY, panoptic((100, 300, 100, 400), (400, 410, 500, 520)), classes=("sky", "dog")))
+
+
+def test_neighbours_of_one_class_differ():
+    drawn = draw_panoptic(GRAY, panoptic((100, 200, 100, 200), (100, 200, 200, 290)), classes=("sky", "a long name that fits nowhere"))
+    assert np.abs(drawn[120, 120].astype(int) - drawn[120, 280]).max() > 20
+
+
+def test_a_map_of_another_size_than_the_picture_is_refused():
+    with pytest.raises(ValueError, match=r"\[480, 640\] pixels does not lie on an image of \[10, 10\]"):
+        draw_panoptic(GRAY[:10, :10], panoptic())
 
 
 def test_an_ignored_region_is_grey():

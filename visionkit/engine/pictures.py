@@ -18,7 +18,7 @@ from torch import Tensor
 from visionkit.registry import HOOKS
 from visionkit.structures import Sample
 from visionkit.transforms.loading import BrokenImageError, decode_image
-from visionkit.visualization import contact_sheet, draw_instances, save_image, side_by_side
+from visionkit.visualization import contact_sheet, draw_instances, draw_panoptic, save_image, side_by_side
 
 
 @HOOKS.register_module()
@@ -72,7 +72,7 @@ class PictureHook(Hook):
 
 
 def draw_sample(image: np.ndarray, sample: Sample, classes: Sequence[str], score_threshold: float = 0.0) -> np.ndarray:
-    """The predictions of a sample on its image, beside its ground truth where it has one.
+    """The predictions of a sample on its image, beside its ground truth where it has one; of a panoptic model the panoptic map.
 
     Args:
         image: uint8 [h, w, 3], RGB, of the sample's original size.
@@ -80,6 +80,8 @@ def draw_sample(image: np.ndarray, sample: Sample, classes: Sequence[str], score
         classes: names of the labels.
         score_threshold: predictions below are not drawn.
     """
+    if "pred_panoptic" in sample:
+        return _draw_panoptic(image, sample, classes)
     found = sample.pred_instances[sample.pred_instances.scores >= score_threshold]
     prediction = draw_instances(image, found.bboxes, found.labels, found.scores, classes=classes, masks=found.get("masks"))
     if "annotations" not in sample:
@@ -89,6 +91,15 @@ def draw_sample(image: np.ndarray, sample: Sample, classes: Sequence[str], score
                            ignored=[one.get("ignore_flag", 0) for one in annotations])
     return side_by_side(truth, prediction, (f"{sample.img_id}: ground truth, {len(annotations)} objects",
                                             f"prediction, {len(found)} with a score of {score_threshold:g} or more"))
+
+
+def _draw_panoptic(image: np.ndarray, sample: Sample, classes: Sequence[str]) -> np.ndarray:
+    prediction = draw_panoptic(image, sample.pred_panoptic, classes=classes)
+    if "panoptic" not in sample:
+        return prediction
+    truth = draw_panoptic(image, sample.panoptic, classes=classes)
+    return side_by_side(truth, prediction, (f"{sample.img_id}: ground truth, {len(sample.panoptic.segments)} segments",
+                                            f"prediction, {len(sample.pred_panoptic.segments)} segments"))
 
 
 def training_sheet(dataset: Any, draws: Iterable[int], columns: int = 4) -> np.ndarray:

@@ -1,4 +1,4 @@
 """Pictures for people: what is in the data, and what a model found."""
-from visionkit.visualization.draw import class_color, contact_sheet, draw_instances, save_image, side_by_side
+from visionkit.visualization.draw import class_color, contact_sheet, draw_instances, draw_panoptic, save_image, side_by_side
 
-__all__ = ["class_color", "contact_sheet", "draw_instances", "save_image", "side_by_side"]
+__all__ = ["class_color", "contact_sheet", "draw_instances", "draw_panoptic", "save_image", "side_by_side"]

@@ -1,4 +1,4 @@
-"""Boxes, names and scores on pictures; pictures beside each other.
+"""Boxes, masks, names and scores on pictures; pictures beside each other.
 
 All images are uint8 [h, w, 3], RGB. Line width and text grow with the picture, and a small picture is enlarged first, so that what is
 drawn can be read at any size.
@@ -13,6 +13,8 @@ from typing import Any
 
 import cv2
 import numpy as np
+
+from visionkit.structures import PanopticMap
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 SMALLEST = 480                                               # pixels; a picture whose longer side is below is enlarged to it
@@ -69,6 +71,47 @@ def draw_instances(image: np.ndarray, boxes: Any, labels: Any, scores: Any = Non
         text = "ignored" if ignored[index] else name if scores is None else f"{name} {scores[index]:.2f}"
         color = (160, 160, 160) if ignored[index] else class_color(labels[index])
         taken.append(_tag(canvas, text, boxes[index] * scale, color, max(0.42, unit / 1200), taken))
+    return canvas
+
+
+def draw_panoptic(image: np.ndarray, panoptic: PanopticMap, *, classes: Sequence[str] = (), smallest: int = SMALLEST) -> np.ndarray:
+    """A copy of `image` with each segment tinted in the colour of its class, an edge around it, and its name in it where it fits.
+
+    Args:
+        image: uint8 [h, w, 3], RGB.
+        panoptic: of [h, w] pixels; neighbouring things of one class differ in lightness, void is darkened.
+        classes: names; a label beyond them is shown as its number.
+        smallest: as in `draw_instances`.
+
+    Raises:
+        ValueError: the map and the image are not of one size, or the image is not uint8 [h, w, 3].
+    """
+    image = _as_picture(image)
+    if panoptic.ids.shape != image.shape[:2]:
+        raise ValueError(f"a panoptic map of {list(panoptic.ids.shape)} pixels does not lie on an image of {list(image.shape[:2])}")
+    canvas, _ = enlarge(image, smallest)
+    ids = cv2.resize(panoptic.ids, canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    segments = sorted(panoptic.segments, key=lambda segment: -segment.area)
+    tint = np.zeros_like(canvas)
+    for index, segment in enumerate(segments):
+        shade = (1.0, 0.8, 0.6)[index % 3] if segment.isthing else 1.0
+        tint[ids == segment.id] = np.multiply(class_color(segment.label), shade).astype(np.uint8)
+    canvas = cv2.addWeighted(canvas, 0.5, tint, 0.5, 0)
+    edge = np.zeros(ids.shape, bool)
+    edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    edge[1:] |= ids[1:] != ids[:-1]
+    canvas[edge] = 255
+
+    unit = max(canvas.shape[:2])
+    taken: list[tuple[int, int, int, int]] = []
+    for segment in segments:
+        name = classes[segment.label] if segment.label < len(classes) else str(segment.label)
+        font = max(0.42, unit / 1200)
+        inside = np.pad(ids == segment.id, 1).astype(np.uint8)                   # the border of the picture is an edge too
+        _, depth, _, (x, y) = cv2.minMaxLoc(cv2.distanceTransform(inside, cv2.DIST_L2, 3))
+        if cv2.getTextSize(name, FONT, font, _stroke(font))[0][0] <= 2 * depth:
+            middle = np.array([x - depth, y, x + depth, y])
+            taken.append(_tag(canvas, name, middle, class_color(segment.label), font, taken))
     return canvas
 
 
