@@ -20,12 +20,13 @@ def sinusoid(position: Tensor, channels: int, temperature: float = 10000.0) -> T
         temperature: wavelengths reach from 2 pi to 2 pi times this.
 
     Returns:
-        [..., channels] float32.
+        [..., channels], float32, or float64 where the positions are.
     """
     if channels % 2:
         raise ValueError(f"sines and cosines come in pairs and need an even number of channels, got {channels}")
-    exponent = torch.arange(0, channels, 2, device=position.device, dtype=torch.float32) / channels
-    angle = position.float()[..., None] / temperature ** exponent
+    position = position.to(torch.promote_types(position.dtype, torch.float32))
+    exponent = torch.arange(0, channels, 2, device=position.device, dtype=position.dtype) / channels
+    angle = position[..., None] / temperature ** exponent
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
@@ -48,10 +49,11 @@ class SinePositionEncoding(nn.Module):
         self.temperature = temperature
         self.offset = offset
 
-    def forward(self, valid: Tensor) -> Tensor:
-        """[B, h, w] bool, true on the image, false on its padding, to [B, h, w, C]."""
-        y, x = (2 * math.pi * (count + self.offset) / (count.amax(axis, keepdim=True) + 1e-6)                   # to the circle's end
-                for axis, count in ((axis, valid.cumsum(axis, dtype=torch.float32)) for axis in (1, 2)))
+    def forward(self, valid: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[B, h, w] bool, true on the image, false on its padding, to [B, h, w, C] of `dtype`, float32 at least."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        y, x = (2 * math.pi * (count + self.offset) / (count.amax(axis, keepdim=True) + 1e-6)                   # once around the circle
+                for axis, count in ((axis, valid.cumsum(axis, dtype=dtype)) for axis in (1, 2)))
         return torch.cat([sinusoid(y, self.channels // 2, self.temperature), sinusoid(x, self.channels // 2, self.temperature)], -1)
 
 
@@ -72,7 +74,7 @@ class LearnedPositionEncoding(nn.Module):
         nn.init.uniform_(self.columns.weight)
         nn.init.uniform_(self.rows.weight)
 
-    def forward(self, valid: Tensor) -> Tensor:
+    def forward(self, valid: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """As `SinePositionEncoding`; of `valid` only the shape counts.
 
         Raises:
@@ -84,4 +86,4 @@ class LearnedPositionEncoding(nn.Module):
                              f"{height}x{width}; train with a larger size, or take sines")
         columns = self.columns.weight[None, :width].expand(height, -1, -1)
         rows = self.rows.weight[:height, None].expand(-1, width, -1)
-        return torch.cat([columns, rows], -1).expand(batch, -1, -1, -1)
+        return torch.cat([columns, rows], -1).expand(batch, -1, -1, -1).to(torch.promote_types(dtype, torch.float32))
