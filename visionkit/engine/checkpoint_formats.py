@@ -71,17 +71,6 @@ class BinByBin:
 
 
 @dataclass(frozen=True)
-class AsConvolution:
-    """A linear layer as the 1x1 convolution that does the same."""
-
-    def __str__(self) -> str:
-        return "linear layer to 1x1 convolution"
-
-    def __call__(self, tensor: Tensor, request: Request) -> Tensor:
-        return tensor[:, :, None, None] if tensor.ndim == 2 else tensor
-
-
-@dataclass(frozen=True)
 class Rule:
     """One name there, one name here.
 
@@ -89,7 +78,7 @@ class Rule:
         source: name in the checkpoint.
         target: name in our model.
         operation: what is done to the tensor, if anything.
-        unless_built: why it may be left out where our model has no such name.
+        unless_built: why it may be left out where our model has no name at all like the target, with the same choice.
     """
     source: str
     target: str
@@ -263,6 +252,10 @@ DEFORMABLE_DETR = Format(
 )
 
 
+_DC5 = ("The keys of a DC5 model are those of the model without dilation: the config's backbone has to say which it is, with strides and "
+        "dilations.")
+
+
 def _detr(prefix: str) -> tuple[Rule | Drop | Zeros, ...]:
     """DETR as its authors name it."""
     encoder, decoder = f"{prefix}transformer.encoder.layers.{{i}}", f"{prefix}transformer.decoder.layers.{{i}}"
@@ -291,6 +284,25 @@ DETR = Format(
     title="DETR of its authors",
     recognised_by=("query_embed.weight", "transformer.encoder.layers.0.self_attn.in_proj_weight", "class_embed.weight"),
     rules=_detr(""),
+    notes=(_DC5,),
+)
+
+
+def _mask_head() -> tuple[Rule, ...]:
+    """What panoptic DETR adds, as its authors and the files of transformers name it."""
+    table = {"bbox_attention.{q,k}_linear.{p}": "mask_attention.{query,key}.{p}",
+             "mask_head.lay{1,2,3,4,5}.{p}": "mask_head.convs.{0,1,2,3,4}.{p}",
+             "mask_head.gn{1,2,3,4,5}.{p}": "mask_head.norms.{0,1,2,3,4}.{p}",
+             "mask_head.adapter{1,2,3}.{p}": "mask_head.adapters.{0,1,2}.{p}",
+             "mask_head.out_lay.{p}": "mask_head.output.{p}"}
+    return tuple(Rule(source, target, unless_built="the config's model has no masks") for source, target in table.items())
+
+
+DETR_PANOPTIC = Format(
+    title="panoptic DETR of its authors",
+    recognised_by=("detr.query_embed.weight", "bbox_attention.q_linear.weight", "mask_head.lay1.weight"),
+    rules=(*_detr("detr."), *_mask_head()),
+    notes=(_DC5,),
 )
 
 # What transformers 5 calls in memory what its files call otherwise.
@@ -324,6 +336,33 @@ HUGGING_FACE_DETR = Format(
     recognised_by=("model.query_position_embeddings.weight", "class_labels_classifier.weight"),
     rules=_hugging_face_detr(""),
     spellings=_IN_MEMORY,
+    notes=(_DC5,),
+)
+
+HUGGING_FACE_DETR_PANOPTIC = Format(
+    title="panoptic DETR of transformers, DetrForSegmentation",
+    recognised_by=("detr.model.query_position_embeddings.weight", "detr.class_labels_classifier.weight"),
+    rules=(*_hugging_face_detr("detr."), *_mask_head()),
+    spellings=(
+        *_IN_MEMORY,
+        ("bbox_attention.q_proj.", "bbox_attention.q_linear."),
+        ("bbox_attention.k_proj.", "bbox_attention.k_linear."),
+        ("mask_head.conv1.conv.", "mask_head.lay1."),
+        ("mask_head.conv1.norm.", "mask_head.gn1."),
+        ("mask_head.conv2.conv.", "mask_head.lay2."),
+        ("mask_head.conv2.norm.", "mask_head.gn2."),
+        ("mask_head.fpn_stages.0.fpn_adapter.", "mask_head.adapter1."),
+        ("mask_head.fpn_stages.1.fpn_adapter.", "mask_head.adapter2."),
+        ("mask_head.fpn_stages.2.fpn_adapter.", "mask_head.adapter3."),
+        ("mask_head.fpn_stages.0.refine.conv.", "mask_head.lay3."),
+        ("mask_head.fpn_stages.0.refine.norm.", "mask_head.gn3."),
+        ("mask_head.fpn_stages.1.refine.conv.", "mask_head.lay4."),
+        ("mask_head.fpn_stages.1.refine.norm.", "mask_head.gn4."),
+        ("mask_head.fpn_stages.2.refine.conv.", "mask_head.lay5."),
+        ("mask_head.fpn_stages.2.refine.norm.", "mask_head.gn5."),
+        ("mask_head.output_conv.", "mask_head.out_lay."),
+    ),
+    notes=(_DC5,),
 )
 
 HUGGING_FACE_DEFORMABLE_DETR = Format(
@@ -410,7 +449,9 @@ FORMATS = {
     "resnet": RESNET,
     "torchvision-faster-rcnn": TORCHVISION_FASTER_RCNN,
     "detr": DETR,
+    "detr-panoptic": DETR_PANOPTIC,
     "hf-detr": HUGGING_FACE_DETR,
+    "hf-detr-panoptic": HUGGING_FACE_DETR_PANOPTIC,
     "deformable-detr": DEFORMABLE_DETR,
     "hf-deformable-detr": HUGGING_FACE_DEFORMABLE_DETR,
     "mmdet-faster-rcnn": MMDET_FASTER_RCNN,

@@ -2,16 +2,22 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
+import os
 import re
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
-from visionkit.engine.checkpoint import CheckpointError
+import visionkit
+from visionkit.engine.checkpoint import CheckpointError, read_checkpoint, write_atomically
 from visionkit.engine.checkpoint_formats import CATEGORIES, FORMATS, ClassRows, Drop, Format, Repeat, Request, Rule, Zeros
 from visionkit.registry import ConfigError, did_you_mean
 
@@ -199,7 +205,7 @@ def _place(piece: Piece, ours: Mapping[str, Tensor], request: Request, done: Con
     """Put a tensor where it belongs, if it fits."""
     rule, sources, target, tensor = piece
     if target not in ours:
-        if rule.unless_built:
+        if rule.unless_built and not _is_built(rule, target, ours):
             done.dropped[rule.unless_built] += sources
         else:
             problems.unexpected.append(f"{target} (from {sources[0]})")
@@ -217,6 +223,13 @@ def _place(piece: Piece, ours: Mapping[str, Tensor], request: Request, done: Con
         problems.differing.append(f"{target} (from {sources[0]} and a key before)")
     done.state_dict[target] = changed
     done.mapped[rule] += [source for source in sources if source not in done.mapped[rule]]
+
+
+def _is_built(rule: Rule, target: str, ours: Iterable[str]) -> bool:
+    """Whether our model has any name of the same rule and choice as `target`: then it is not the whole part that is missing."""
+    name = Name.parse(rule.target)
+    chosen = name.match(target)[1]
+    return any(found[1] == chosen for key in ours if (found := name.match(key)))
 
 
 def _tensors_of(model: nn.Module, form: Format) -> dict[str, Tensor]:
@@ -281,3 +294,110 @@ def _listing(title: str, lines: Sequence[str], most: int = 12) -> str:
         return ""
     more = f"\n    and {len(lines) - most} more" if len(lines) > most else ""
     return f"  {title} ({len(lines)}):" + "".join(f"\n    {line}" for line in lines[:most]) + more + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------------- the files
+
+@dataclass
+class Foreign:
+    """What a checkpoint of another project holds."""
+    state_dict: dict[str, Tensor]
+    beside: list[str]                       # what else is in the file, by its name there
+    unread: list[str]                       # classes of objects in the file, of which nothing was read
+
+
+def read_foreign(path: str | os.PathLike) -> Foreign:
+    """The tensors of anybody's checkpoint: a .pth, .pt, .bin or .safetensors file, or the .index.json of a checkpoint in several files.
+
+    Nothing in the file is executed. Where `read_checkpoint` refuses a file for Python objects in it, such as the command line that the
+    authors of DETR save, here an empty shell takes the place of each object: its class is never looked up.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it does not hold tensors by name.
+    """
+    if str(path).endswith(".index.json"):
+        return Foreign(_read_shards(Path(path)), [], [])
+    shells: dict[str, type] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals(list(shells.values())):
+                checkpoint = read_checkpoint(path)
+            break
+        except CheckpointError as error:
+            refused = re.search(r"GLOBAL (\S+)\.(\w+) was not an allowed global", str(error.__cause__))
+            if refused is None or refused[0] in shells:
+                raise
+            shells[refused[0]] = type(refused[2], (_Shell,), {"__module__": refused[1]})
+    beside = [key for key in checkpoint if key != "state_dict"]
+    tensors = checkpoint["state_dict"]
+    if isinstance(tensors, Mapping) and isinstance(tensors.get("model"), Mapping):             # as the authors of DETR save
+        beside += [key for key in tensors if key != "model"]
+        tensors = tensors["model"]
+    if not isinstance(tensors, Mapping) or not tensors:
+        raise CheckpointError(f"{path} holds no tensors by name, as state_dict, model, or by themselves")
+    strange = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(f"{path} holds something else than tensors under {', '.join(strange[:4])}")
+    return Foreign(dict(tensors), beside, [f"{shell.__module__}.{shell.__name__}" for shell in shells.values()])
+
+
+class _Shell:
+    """Stands for an object that is not read."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        if cls.__module__.startswith("numpy"):
+            return super().__new__(cls)
+        return OrderedDict()                                 # torch lets pickles fill this one with items as well as with attributes
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors that the index of a sharded safetensors checkpoint of transformers lists."""
+    try:
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted({str(name) for name in file_of.values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is not the index of a checkpoint: {type(error).__name__}: {error}") from error
+    tensors: dict[str, Tensor] = {}
+    for name in shards:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {name!r}; files of a checkpoint are .safetensors files beside their index")
+        tensors |= read_checkpoint(index.parent / name)["state_dict"]
+    if tensors.keys() != file_of.keys():
+        odd = sorted(tensors.keys() ^ file_of.keys())
+        raise CheckpointError(f"{index} and its files do not hold the same tensors: {', '.join(odd[:4])}")
+    return tensors
+
+
+def write_converted(path: str | os.PathLike, done: Conversion, source: str | os.PathLike, config: str, classes: str | None) -> None:
+    """Write weights as .safetensors, whole or not at all, with where they came from in the metadata."""
+    from safetensors.torch import save
+
+    with open(source, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    metadata = {"format": "pt", "source": Path(source).name, "source_sha256": digest, "source_format": done.name, "config": config,
+                "classes": classes or "all", "visionkit": visionkit.__version__}
+    # copies: safetensors refuses tensors that share memory
+    write_atomically(path, save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in done.state_dict.items()},
+                                metadata))
+
+
+def as_table(done: Conversion) -> Table:
+    """What became of every key, for a reader: a line a rule."""
+    table = Table("in the checkpoint", "here", "keys", "changed", title=f"{done.name}: {done.format.title}", title_justify="left")
+    for rule, keys in done.mapped.items():
+        table.add_row(rule.source, rule.target, str(len(keys)), str(rule.operation or ""))
+    for reason, keys in done.dropped.items():
+        table.add_row(_some(keys), "left out", str(len(keys)), reason)
+    for reason, names in done.added.items():
+        table.add_row("", _some(names), str(len(names)), reason)
+    return table
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
