@@ -35,6 +35,27 @@ def test_dilated_last_stage_keeps_stride_16_with_dilation_in_its_three_3x3_convo
     assert [feature.shape[2:] for feature in resnet(torch.zeros(1, 3, 64, 96))] == [(4, 6), (4, 6)]
     dilated = [module for module in resnet.modules() if isinstance(module, nn.Conv2d) and module.dilation == (2, 2)]
     assert len(dilated) == 3
+    as_in_torchvision = ResNet(50, out_stages=(5,), strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), dilate_first=False)
+    assert [block.conv2.dilation for block in as_in_torchvision.layer4] == [(1, 1), (2, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_frozen_normalisation_within_the_convolution_is_the_one_after_it(depth):
+    torch.manual_seed(0)
+    plain, frozen = ResNet(depth, out_stages=(3,)).eval(), ResNet(depth, out_stages=(3,), norm="FrozenBN")
+    for name, value in plain.state_dict().items():
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 2)
+        elif value.dim() == 1:
+            value.add_(torch.randn_like(value) * 0.2)
+    frozen.load_state_dict(plain.state_dict())
+    images, gradients = torch.randn(2, 3, 64, 64), []
+    for resnet in (plain, frozen.train()):
+        resnet(images)[0].square().mean().backward()
+        gradients.append([module.weight.grad for module in resnet.modules() if isinstance(module, nn.Conv2d)])
+    torch.testing.assert_close(frozen(images)[0], plain(images)[0], rtol=1e-4, atol=1e-4)           # measured 2e-06
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
 def test_frozen_stages_are_not_trained_and_keep_their_statistics():

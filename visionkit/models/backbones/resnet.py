@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
@@ -27,6 +28,12 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     def train(self, mode: bool = True) -> FrozenBatchNorm2d:
         return super().train(False)
 
+    def after(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """The norm of `conv(x)`, as one convolution with weights scaled by the norm: no feature map between the two is computed or kept."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding, conv.dilation)
+
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "BN": nn.BatchNorm2d,
@@ -37,28 +44,28 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 class BlockStyle(NamedTuple):
     """What the blocks of a stage have in common."""
-    dilation: int                               # of the 3x3 convolutions
+    dilation: int                               # of the 3x3 convolutions, the stage's first one aside
     norm: Callable[[int], nn.Module]
     dcn: Mapping | None = None                  # what the deformable convolution is, where the stage has one
     stride_in_1x1: bool = False
 
-    def conv3x3(self, channels: int, stride: int) -> nn.Module:
+    def conv3x3(self, channels: int, stride: int, dilation: int) -> nn.Module:
         """The 3x3 convolution that may be deformable."""
         if self.dcn is None:
-            return nn.Conv2d(channels, channels, 3, stride, self.dilation, self.dilation, bias=False)
+            return nn.Conv2d(channels, channels, 3, stride, dilation, dilation, bias=False)
         return OPS.make(self.dcn, at="dcn", in_channels=channels, out_channels=channels, kernel_size=3, stride=stride,
-                        padding=self.dilation, dilation=self.dilation, bias=False)
+                        padding=dilation, dilation=dilation, bias=False)
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (fig. 5, left); the second may be deformable."""
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, style: BlockStyle) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, first_dilation: int, style: BlockStyle) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, style.dilation, style.dilation, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, first_dilation, first_dilation, bias=False)
         self.bn1 = style.norm(channels)
-        self.conv2 = style.conv3x3(channels, stride=1)
+        self.conv2 = style.conv3x3(channels, 1, style.dilation)
         self.bn2 = style.norm(channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(in_channels, channels, stride, style.norm)
@@ -68,21 +75,21 @@ class BasicBlock(nn.Module):
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.relu(self.bn1(self.conv1(x)))
-        residual = self.bn2(self.conv2(residual))
-        return self.relu(residual + self.downsample(x))
+        residual = self.relu(_convolve(self.conv1, self.bn1, x))
+        residual = _convolve(self.conv2, self.bn2, residual)
+        return self.relu(residual.add_(self.downsample(x)))
 
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 and a shortcut (fig. 5, right); the stride is in the 3x3, as in torchvision, or in the first 1x1, as in the paper."""
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, style: BlockStyle) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, first_dilation: int, style: BlockStyle) -> None:
         super().__init__()
         in_1x1, in_3x3 = (stride, 1) if style.stride_in_1x1 else (1, stride)
         self.conv1 = nn.Conv2d(in_channels, channels, 1, in_1x1, bias=False)
         self.bn1 = style.norm(channels)
-        self.conv2 = style.conv3x3(channels, in_3x3)
+        self.conv2 = style.conv3x3(channels, in_3x3, first_dilation)
         self.bn2 = style.norm(channels)
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = style.norm(channels * self.expansion)
@@ -94,16 +101,29 @@ class Bottleneck(nn.Module):
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.relu(self.bn1(self.conv1(x)))
-        residual = self.relu(self.bn2(self.conv2(residual)))
-        residual = self.bn3(self.conv3(residual))
-        return self.relu(residual + self.downsample(x))
+        residual = self.relu(_convolve(self.conv1, self.bn1, x))
+        residual = self.relu(_convolve(self.conv2, self.bn2, residual))
+        residual = _convolve(self.conv3, self.bn3, residual)
+        return self.relu(residual.add_(self.downsample(x)))
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
+    return Shortcut(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
+
+
+class Shortcut(nn.Sequential):
+    """A 1x1 convolution and its norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _convolve(*self, x)
+
+
+def _convolve(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(norm, FrozenBatchNorm2d) and type(conv) is nn.Conv2d:
+        return norm.after(conv, x)
+    return norm(conv(x))
 
 
 @BACKBONES.register_module()
@@ -119,6 +139,8 @@ class ResNet(nn.Module):
         norm: `BN`, `FrozenBN` (statistics and affine parameters as loaded, never trained) or `GN` (32 groups).
         strides: of stages 2 to 5.
         dilations: of the 3x3 convolutions of stages 2 to 5.
+        dilate_first: whether that holds for the first 3x3 convolution of a stage too. Where torchvision puts a dilation in the place of a
+            stride, as for DETR's DC5, that one keeps the dilation of the stage before: its input is as fine as ever.
         pretrained: a checkpoint that `init_weights` loads before training, a file or `torchvision://resnet50`; it must hold every weight.
         zero_init_residual: the last normalisation of each block starts at 0, so that each block starts as the identity
             (Goyal et al. 2017, arXiv:1706.02677, sec. 5.1); for training from scratch.
@@ -136,8 +158,8 @@ class ResNet(nn.Module):
     """
 
     def __init__(self, depth: int, out_stages: Sequence[int] = (2, 3, 4, 5), frozen_stages: int = 0, norm: str = "BN",
-                 strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1), pretrained: str | None = None,
-                 zero_init_residual: bool = True, dcn: Mapping | None = None,
+                 strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1), dilate_first: bool = True,
+                 pretrained: str | None = None, zero_init_residual: bool = True, dcn: Mapping | None = None,
                  stage_with_dcn: Sequence[bool] = (False, False, False, False), stride_in_1x1: bool = False,
                  checkpointing: bool = False) -> None:
         super().__init__()
@@ -166,15 +188,17 @@ class ResNet(nn.Module):
         self.bn1 = _NORMS[norm](64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        channels, stride, out_channels, out_strides = 64, 4, [], []
+        channels, stride, out_channels, out_strides, before = 64, 4, [], [], 1
         stages = zip(range(2, self.out_stages[-1] + 1), _BLOCKS[depth], strides, dilations, stage_with_dcn, strict=False)
         for stage, blocks, stage_stride, dilation, deformable in stages:                   # no further than needed
             style = BlockStyle(dilation, _NORMS[norm], dcn if deformable else None, stride_in_1x1)
             width = 64 * 2 ** (stage - 2)
             layers = []
             for index in range(blocks):
-                layers.append(block(channels, width, stage_stride if index == 0 else 1, style))
+                first_stride, first_dilation = (1, dilation) if index else (stage_stride, dilation if dilate_first else before)
+                layers.append(block(channels, width, first_stride, first_dilation, style))
                 channels = width * block.expansion
+            before = dilation
             setattr(self, f"layer{stage - 1}", nn.Sequential(*layers))
             stride *= stage_stride
             if stage in self.out_stages:
@@ -189,7 +213,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] to one [B, C_i, H / s_i, W / s_i] for each of `out_stages`; sizes are rounded up."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.relu(_convolve(self.conv1, self.bn1, images)))
         features = []
         for stage in range(2, self.out_stages[-1] + 1):
             for block in getattr(self, f"layer{stage - 1}"):
