@@ -17,9 +17,14 @@ DETECTORS = {"FasterRCNN": {
     "backbone": {"type": "ResNet", "depth": 18, "norm": "GN", "out_stages": (3,)},
     "num_classes": 3, "num_queries": 10, "channels": 16, "num_heads": 2, "hidden_channels": 32, "encoder_layers": 1, "decoder_layers": 2,
     "dropout": 0.0,
+}, "DeformableDETR": {
+    "backbone": {"type": "ResNet", "depth": 18, "norm": "GN", "out_stages": (3, 4)},
+    "neck": {"type": "ChannelMapper", "out_channels": 32},
+    "num_classes": 3, "num_queries": 10, "num_heads": 2, "hidden_channels": 32, "encoder_layers": 1, "decoder_layers": 2, "dropout": 0.0,
 }}
+DETECTORS["DetrPanoptic"] = DETECTORS["DETR"] | {"backbone": {"type": "ResNet", "depth": 18, "norm": "GN"}, "num_things": 2}
 # The decoder's input is zeros (DETR, sec. 3.2), so in its first layer all queries have the same to say to each other, whatever the weights.
-WITHOUT_GRADIENT = {"DETR": ("*decoder.layers.0.self_attention.*",)}
+WITHOUT_GRADIENT = dict.fromkeys(("DETR", "DetrPanoptic"), ("*decoder.layers.0.self_attention.*",))
 TRANSFORM_ARGUMENTS = {
     "Albumentations": {"transforms": [{"type": "HorizontalFlip"}, {"type": "RandomCrop", "height": 32, "width": 40}]},
     "RandomCrop": {"size": (40, 32)},
@@ -41,7 +46,8 @@ def test_every_backbone_keeps_its_contract(name):
 @pytest.mark.parametrize("name", [name for name in ours(MODELS) if name != "ImagePreprocessor"])
 def test_every_detector_keeps_its_contract(name):
     torch.manual_seed(0)
-    check_model(MODELS.build({"type": name, **DETECTORS.get(name, {})}), num_classes=3, unused=WITHOUT_GRADIENT.get(name, ()))
+    check_model(MODELS.build({"type": name, **DETECTORS.get(name, {})}), num_classes=3, masks=name == "DetrPanoptic",
+                unused=WITHOUT_GRADIENT.get(name, ()))
 
 
 @pytest.mark.parametrize("name", [name for name in ours(TRANSFORMS) if name not in START_OR_END])

@@ -1,4 +1,5 @@
 """Features to features. A neck has `out_channels` and `strides` as a backbone has."""
+from visionkit.models.necks.channel_mapper import ChannelMapper
 from visionkit.models.necks.fpn import FPN
 
-__all__ = ["FPN"]
+__all__ = ["FPN", "ChannelMapper"]

@@ -1,0 +1,321 @@
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from visionkit.models.detectors.deformable_detr import DeformableAttention, Prediction, Predictions
+from visionkit.ops import box_iou
+from visionkit.registry import MODELS, ConfigError
+from visionkit.structures import ImageBatch, InstanceData, Sample
+from visionkit.testing import check_model
+
+VARIANTS = {"plain": {}, "refine": {"with_box_refine": True}, "two stage": {"with_box_refine": True, "two_stage": True}}
+TRUTH = ((8.0, 8, 40, 40), (60.0, 20, 90, 60))
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+def config(**changes):
+    return {
+        "type": "DeformableDETR",
+        "backbone": {"type": "ResNet", "depth": 18, "norm": "GN", "out_stages": (3, 4)},
+        "neck": {"type": "ChannelMapper", "out_channels": 32, "num_levels": 3},
+        "num_classes": 3, "num_queries": 12, "num_heads": 4, "num_points": 2, "encoder_layers": 1, "decoder_layers": 2,
+        "hidden_channels": 64, "dropout": 0.0,
+    } | changes
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    return MODELS.build(config(**changes))
+
+
+def sample(boxes=TRUTH, labels=(0, 2), size=(64, 96)) -> Sample:
+    sample = Sample(metainfo={"img_id": 1, "img_shape": size, "ori_shape": (2 * size[0], 2 * size[1]), "scale_factor": (0.5, 0.5)})
+    sample.gt_instances = InstanceData(bboxes=torch.tensor(boxes).view(-1, 4), labels=torch.tensor(labels, dtype=torch.int64))
+    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
+    return sample
+
+
+def images(count: int, size=(64, 96)) -> ImageBatch:
+    return ImageBatch(torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1)), [size] * count)
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> nn.Module:
+    """Moves every parameter, so that nothing is at its start: offsets, attention and heads begin as zeros."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------- the whole model
+
+@every_variant
+def test_deformable_detr_keeps_the_model_contract(variant):
+    check_model(build(**variant), num_classes=3)
+
+
+@every_variant
+def test_it_starts_with_boxes_at_their_references_and_classes_at_one_percent(variant):
+    model = build(**variant)
+    first_stage, layers = model(images(1))
+    for prediction in layers:
+        assert prediction.logits.sigmoid().mean().item() == pytest.approx(0.01, rel=0.5)
+    if first_stage is None:
+        references = model.reference_points(model.queries.weight[:, :32]).sigmoid()
+        torch.testing.assert_close(layers[0].boxes[0, :, :2], references, rtol=0, atol=1e-4)
+        torch.testing.assert_close(layers[0].boxes[..., 2:], torch.full((1, 12, 2), 1 / (1 + math.exp(2))))     # -2 as a logit
+    else:
+        usable = first_stage.boxes[0, :, 0] < 1
+        sides = torch.tensor([0.05, 0.1, 0.2]).repeat_interleave(torch.tensor([96, 24, 6]))                     # appendix A.4
+        torch.testing.assert_close(first_stage.boxes[0, usable, 2:], sides[usable, None].expand(-1, 2))
+    torch.testing.assert_close(layers[1].boxes, layers[0].boxes, rtol=0, atol=1e-5)                             # nothing to refine yet
+
+
+@every_variant
+def test_every_layer_is_matched_anew_and_has_its_own_terms(variant):
+    model = shake(build(**variant))
+    calls = []
+    model.matcher.register_forward_hook(lambda module, arguments, pairs: calls.append(arguments))
+    losses = model(images(2), [sample(), sample()], mode="loss")
+    suffixes = ["_0", ""] + ["_proposal"] * ("two_stage" in variant)
+    assert list(losses) == [f"loss_{term}{suffix}" for suffix in suffixes for term in ("class", "box", "giou")]
+    assert [tuple(logits.shape[:2]) for logits, _, _ in calls] == [(2, 12), (2, 12)] + [(2, 126)] * ("two_stage" in variant)
+    assert not torch.equal(calls[0][0], calls[1][0])
+    labels = [[target.labels.tolist() for target in targets] for _, _, targets in calls]
+    assert labels[:2] == [[[0, 2], [0, 2]]] * 2
+    assert labels[2:] == [[[0, 0], [0, 0]]] * ("two_stage" in variant)                                          # object or not
+
+
+@every_variant
+def test_images_without_objects_teach_the_classes_only(variant):
+    losses = build(**variant)(images(2), [sample((), ()), sample((), ())], mode="loss")
+    assert all(loss.isfinite() for loss in losses.values())
+    assert {name for name, loss in losses.items() if loss.item() == 0} == {name for name in losses if "class" not in name}
+
+
+@every_variant
+def test_the_order_of_objects_makes_no_difference(variant):
+    model = shake(build(**variant))
+    losses, others = (model(images(1), [sample(boxes, labels)], mode="loss") for boxes, labels in ((TRUTH, (0, 2)), (TRUTH[::-1], (2, 0))))
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(others[name].item(), rel=1e-5)
+
+
+def test_queries_have_no_order():
+    model = shake(build(with_box_refine=True)).eval()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    before = model(images(1)).layers[-1]
+    model.queries.weight.data = model.queries.weight.data[order]
+    for ours, theirs in zip(model(images(1)).layers[-1], before, strict=True):
+        torch.testing.assert_close(ours, theirs[:, order], rtol=0, atol=1e-5)
+
+
+def test_refined_layers_learn_for_themselves_and_plain_ones_share_their_heads():
+    model = shake(build(with_box_refine=True))
+    model(images(1)).layers[1].boxes.sum().backward()
+    assert model.regress[0].layers[0].weight.grad is None                       # the boxes it handed on are taken as given
+    assert model.regress[1].layers[0].weight.grad.any()
+    model = build()
+    assert model.regress[0] is model.regress[1]
+    assert model.classify[0] is model.classify[1]
+
+
+def test_the_second_stage_starts_from_the_best_boxes_of_the_first_and_takes_them_as_given():
+    model = shake(build(**VARIANTS["two stage"]))
+    seen = []
+    model.decoder[0].register_forward_hook(lambda module, arguments, output: seen.append(arguments[2]))
+    first_stage, layers = model(images(2))
+    for logits, boxes, reference in zip(*first_stage, seen[0], strict=True):
+        usable = boxes[:, 0] < 1
+        best = logits[usable, 0].topk(12).indices
+        torch.testing.assert_close(reference[:, 0], boxes[usable][best])
+    layers[-1].boxes.sum().backward()
+    assert model.regress[-1].layers[0].weight.grad is None
+
+
+@every_variant
+def test_what_an_image_is_padded_to_makes_no_difference(variant):
+    """The transformer on feature maps with and without padding, which holds anything; measured: boxes and logits differ by 1e-6."""
+    model = shake(build(**variant)).eval()
+    generator = torch.Generator().manual_seed(3)
+    alone = [torch.randn(1, 32, *size, generator=generator) for size in ((6, 10), (3, 5), (2, 3))]
+    padded = [torch.randn(2, 32, *size, generator=generator) for size in ((10, 12), (5, 6), (3, 3))]
+    for level, (small, large) in enumerate(zip(alone, padded, strict=True)):
+        large[:1, :, :small.shape[2], :small.shape[3]] = small
+        assert level < 3
+    with torch.inference_mode():
+        expected = model.transform(alone, ImageBatch(torch.zeros(1, 3, 48, 80), [(48, 80)])).layers[-1]
+        found = model.transform(padded, ImageBatch(torch.zeros(2, 3, 80, 96), [(48, 80), (80, 96)])).layers[-1]
+    torch.testing.assert_close(found.boxes[:1], expected.boxes, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.logits[:1], expected.logits, rtol=0, atol=1e-5)
+
+
+@every_variant
+def test_a_batch_of_mixed_sizes_learns_and_predicts(variant):
+    model = shake(build(**variant))
+    batch = ImageBatch.stack([torch.randn(3, 64, 96), torch.randn(3, 50, 40)], divisor=32)
+    small = sample(((5.0, 5, 20, 30),), (1,), size=(50, 40))
+    sum(model(batch, [sample(), small], mode="loss").values()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    model.eval()
+    with torch.inference_mode():
+        large, small = (result.pred_instances for result in model(batch, [sample(), small], mode="predict"))
+    for found, (height, width) in ((large, (128, 192)), (small, (100, 80))):
+        assert len(found) == 36                                                 # 12 queries of 3 classes
+        assert found.bboxes.min() >= 0
+        assert found.bboxes[:, 2].max() <= width
+        assert found.bboxes[:, 3].max() <= height
+
+
+def test_predictions_are_the_best_of_all_queries_and_classes_without_suppression():
+    model = build(num_queries=3, max_per_image=4)
+    logits = torch.tensor([[[2.0, 1.5, -4], [-5, -6, 3], [1.0, -7, -8]]])
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.1, 0.9, 0.4, 0.4], [0.5, 0.5, 0.2, 0.4]]])                  # two of them the same
+    model.forward = lambda _: Predictions(None, [None, Prediction(logits, boxes)])
+    (result,) = model.predict(images(1), [sample()])                            # of an original of 128 x 192
+    found = result.pred_instances
+    torch.testing.assert_close(found.scores, torch.tensor([3.0, 2.0, 1.5, 1.0]).sigmoid())
+    assert found.labels.tolist() == [2, 0, 1, 0]
+    middle = [76.8, 38.4, 115.2, 89.6]
+    torch.testing.assert_close(found.bboxes, torch.tensor([[0.0, 89.6, 57.6, 128], middle, middle, middle]))    # the first is clipped
+
+
+def test_predictions_below_a_threshold_are_left_out():
+    model = build(score_threshold=0.5)
+    logits = torch.full((1, 12, 3), -1.0)
+    logits[0, 5, 1] = 1
+    model.forward = lambda _: Predictions(None, [Prediction(logits, torch.full((1, 12, 4), 0.5))])
+    assert model.predict(images(1), [sample()])[0].pred_instances.labels.tolist() == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [VARIANTS["plain"], VARIANTS["two stage"]], ids=["plain", "two stage"])
+def test_it_learns_two_images_by_heart(variant):
+    model = build(**variant, backbone=config()["backbone"] | {"zero_init_residual": False})
+    picture = torch.zeros(2, 3, 64, 96)
+    truth = [sample(TRUTH[:1], (0,)), sample(TRUTH[1:], (2,))]
+    for image, target in zip(picture, truth, strict=True):
+        x1, y1, x2, y2 = target.gt_instances.bboxes[0].int().tolist()
+        image[target.gt_instances.labels[0], y1:y2, x1:x2] = 3.0
+    batch = ImageBatch(picture, [(64, 96)] * 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for iteration in range(80):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - iteration / 80)
+        loss = sum(model(batch, truth, mode="loss").values())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+    with torch.inference_mode():
+        for result in model(batch, truth, mode="predict"):
+            best = result.pred_instances[0]
+            assert best.labels.tolist() == result.gt_instances.labels.tolist()
+            assert best.scores.item() > 0.2                              # 0.26 to 0.6, and rising
+            assert box_iou(best.bboxes / 2, result.gt_instances.bboxes).item() > 0.75
+
+
+@every_variant
+def test_checkpointing_changes_nothing_but_memory(variant):
+    gradients, sizes = [], []
+    for checkpointing in (False, True):
+        model = shake(build(**variant, checkpointing=checkpointing))
+        generator = torch.Generator().manual_seed(0)
+        features = [torch.randn(1, 32, 8, 12, generator=generator) for _ in range(3)]
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, kept=kept: kept.append(tensor.nbytes) or tensor, lambda value: value):
+            predictions = model.transform(features, images(1))
+        sum(value.sum() for layer in predictions.layers for value in layer).backward()
+        gradients.append([parameter.grad for parameter in (*model.encoder.parameters(), *model.decoder.parameters())])
+        sizes.append(sum(kept))
+    assert sizes[1] < 0.5 * sizes[0]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from visionkit.registry import MODELS
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+given = torch.load(f"{folder}/given.pt", weights_only=False)
+for name, (config, weights) in given["models"].items():
+    model = MODELS.build(config)
+    model.load_state_dict(weights)
+    parallel = DistributedDataParallel(model)           # lives until the gradients are averaged
+    sum(parallel(*given["batches"][rank], mode="loss").values()).backward()
+    torch.save([value.grad for value in model.parameters()], f"{folder}/{name}.{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_process_learns(tmp_path):
+    """Two objects on one rank, none on the other: the loss is divided by the mean of both, so each has the gradient of the whole batch."""
+    samples, batch = [sample(), sample((), ())], images(2)
+    models, expected = {}, {}
+    for name, variant in VARIANTS.items():
+        model = shake(build(**variant))
+        sum(model(batch, samples, mode="loss").values()).backward()
+        models[name] = (config(**variant), model.state_dict())
+        expected[name] = [value.grad for value in model.parameters()]
+    batches = [(ImageBatch(batch.tensor[rank:rank + 1], batch.sizes[:1]), samples[rank:rank + 1]) for rank in range(2)]
+    torch.save({"models": models, "batches": batches}, tmp_path / "given.pt")
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank)]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    for name, gradients in expected.items():
+        for rank in range(2):
+            for ours, theirs in zip(torch.load(tmp_path / f"{name}.{rank}.pt"), gradients, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)          # some are zero but for rounding
+
+
+# ------------------------------------------------------------------------------------------------------------------- its parts
+
+def test_attention_starts_by_looking_in_a_direction_a_head_one_pixel_further_a_point():
+    attention = DeformableAttention(channels=32, num_heads=8, num_levels=2, num_points=3)
+    offsets = attention.sampling_offsets(torch.randn(32)).view(8, 2, 3, 2)
+    for head, (x, y) in enumerate([(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]):
+        for point in range(3):
+            torch.testing.assert_close(offsets[head, :, point], torch.tensor([[x, y]] * 2) * (point + 1.0), rtol=0, atol=1e-5)
+    weights = attention.attention_weights(torch.randn(32))
+    assert not weights.any()                                                    # the same for all, after the softmax
+
+
+def test_a_pixel_that_looks_straight_down_sees_itself_on_its_level():
+    """With offsets of zero, a pixel of a padded image reads, on its own level, itself."""
+    model = build(num_heads=1)
+    attention = model.encoder[0].attention
+    for linear in (attention.value, attention.output):
+        nn.init.eye_(linear.weight)
+    nn.init.zeros_(attention.sampling_offsets.bias)
+    features = [torch.randn(1, 32, *size) for size in ((8, 12), (4, 6), (2, 3))]
+    seen = []
+    attention.register_forward_hook(lambda module, arguments, output: seen.append((arguments, output)))
+    batch = ImageBatch(torch.zeros(1, 3, 64, 96), [(48, 64)])
+    with torch.no_grad():
+        attention.attention_weights.bias.view(3, 2)[0] = 100                    # the finest level only
+        model.transform(features, batch)
+    (_, _, pixels, pyramid), output = seen[0]
+    inside = ~pyramid.padding[0, :96]
+    assert inside.sum() == 6 * 8
+    torch.testing.assert_close(output[0, :96][inside], pixels[0, :96][inside], rtol=0, atol=1e-5)
+
+
+def test_it_says_what_it_cannot_build():
+    with pytest.raises(ConfigError, match="set with_box_refine=True too"):
+        build(two_stage=True)
+    with pytest.raises(ConfigError, match="num_classes and num_queries must be positive, got 0 and 12"):
+        build(num_classes=0)
+    with pytest.raises(ConfigError, match="32 channels"):
+        build(num_heads=5)
