@@ -22,6 +22,11 @@ DETECTORS = {"FasterRCNN": {
     "neck": {"type": "ChannelMapper", "out_channels": 32},
     "num_classes": 3, "num_queries": 10, "num_heads": 2, "hidden_channels": 32, "encoder_layers": 1, "decoder_layers": 2, "dropout": 0.0,
 }}
+DETECTORS["RFCN"] = {
+    "backbone": {"type": "ResNet", "depth": 18, "out_stages": (4, 5), "strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2)},
+    "rpn": {"type": "RPN", "hidden_channels": 32, "pre_nms": (100, 100), "post_nms": (50, 50)},
+    "roi": {"type": "PositionSensitiveHead", "num_classes": 3, "bins": 3, "hidden_channels": 32},
+}
 DETECTORS["DetrPanoptic"] = DETECTORS["DETR"] | {"backbone": {"type": "ResNet", "depth": 18, "norm": "GN"}, "num_things": 2}
 # The decoder's input is zeros (DETR, sec. 3.2), so in its first layer all queries have the same to say to each other, whatever the weights.
 WITHOUT_GRADIENT = dict.fromkeys(("DETR", "DetrPanoptic"), ("*decoder.layers.0.self_attention.*",))

@@ -76,6 +76,8 @@ class PositionSensitiveHead(RoIHead):
         strides: of each feature map; only the last is used.
         bins: k.
         hidden_channels: of the 1x1 convolution before the score maps.
+        hidden_std: standard deviation of its weights at the start, the authors' by default, who fine-tune; None: He et al. 2015
+            (arXiv:1502.01852), which training from scratch needs.
         deformable: bins move, those of each class by offsets of its own (arXiv:1703.06211, sec. 2.2).
         sampler: by default all proposals and objects.
         hard_per_image: of what `sampler` takes, so many with the largest loss are learned from (online hard example mining, Shrivastava et
@@ -85,16 +87,20 @@ class PositionSensitiveHead(RoIHead):
     """
 
     def __init__(self, num_classes: int, in_channels: Sequence[int], strides: Sequence[int], bins: int = 7, hidden_channels: int = 1024,
-                 deformable: bool = False, box_stds: Sequence[float] = (0.1, 0.1, 0.2, 0.2), matcher: dict | nn.Module | None = None,
-                 sampler: dict | nn.Module | None = None, hard_per_image: int | None = 128, smooth_l1_beta: float = 1.0,
-                 score_threshold: float = 0.05, nms: dict | Thinning | None = None, max_per_image: int = 100) -> None:
+                 hidden_std: float | None = 0.01, deformable: bool = False, box_stds: Sequence[float] = (0.1, 0.1, 0.2, 0.2),
+                 matcher: dict | nn.Module | None = None, sampler: dict | nn.Module | None = None, hard_per_image: int | None = 128,
+                 smooth_l1_beta: float = 1.0, score_threshold: float = 0.05, nms: dict | Thinning | None = None,
+                 max_per_image: int = 100) -> None:
         super().__init__(num_classes, box_stds, matcher, sampler or AllSampler(), smooth_l1_beta, score_threshold,
                          nms or {"type": "nms", "iou": 0.3}, max_per_image)
         if bins < 1 or (hard_per_image is not None and hard_per_image < 1):
             raise ValueError(f"bins and hard_per_image must be positive, got {bins} and {hard_per_image}; None mines no hard examples")
         self.hard_per_image = hard_per_image
         self.conv_new = nn.Conv2d(in_channels[-1], hidden_channels, 1)
-        nn.init.normal_(self.conv_new.weight, std=0.01)
+        if hidden_std is None:
+            nn.init.kaiming_normal_(self.conv_new.weight, nonlinearity="relu")
+        else:
+            nn.init.normal_(self.conv_new.weight, std=hidden_std)
         nn.init.zeros_(self.conv_new.bias)
         if deformable:
             self.classify = DeformablePositionSensitiveScores(hidden_channels, num_classes + 1, bins, strides[-1], moving=num_classes + 1)
