@@ -113,5 +113,5 @@ class DETR(Model):
 
 
 def valid_positions(images: ImageBatch, size: tuple[int, int]) -> Tensor:
-    """[B, h, w] bool: which positions of a feature map of `size` (h, w) lie on the images, not on their padding; the nearest pixel tells."""
+    """[B, h, w] bool: which positions of a feature map of `size` (h, w) lie on the images, not on their padding, by the nearest pixel."""
     return F.interpolate(images.valid()[:, None].float(), size)[:, 0].bool()
