@@ -24,7 +24,7 @@ DETECTORS = {"FasterRCNN": {
 }}
 DETECTORS["RFCN"] = {
     "backbone": {"type": "ResNet", "depth": 18, "out_stages": (4, 5), "strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2)},
-    "rpn": {"type": "RPN", "hidden_channels": 32, "pre_nms": (100, 100), "post_nms": (50, 50)},
+    "rpn": {"type": "RPN", "anchor_scales": (2,), "hidden_channels": 32, "pre_nms": (100, 100), "post_nms": (50, 50)},
     "roi": {"type": "PositionSensitiveHead", "num_classes": 3, "bins": 3, "hidden_channels": 32},
 }
 DETECTORS["DetrPanoptic"] = DETECTORS["DETR"] | {"backbone": {"type": "ResNet", "depth": 18, "norm": "GN"}, "num_things": 2}
