@@ -1,8 +1,8 @@
 """Whose checkpoints can be converted, and what their keys are called here: tables, read by `visionkit.engine.convert`.
 
-In the name of a key stand placeholders: `{i}` and `{j}` for numbers, `{p}` for `weight` or `bias`, `{rest}` for anything. One of a name's
-parts may be a choice, `{a,b,c}`. With a choice of the same length on both sides, the first becomes the first, and so on. A choice in the
-source alone joins the tensors one below the other; a choice in the target alone cuts the tensor into as many equal parts.
+In the name of a key stand placeholders: `{i}` and `{j}` for numbers, `{p}` for `weight` or `bias`, `{rest}` for anything. One part of a
+name may be a choice, `{a,b,c}`. With a choice on both sides the first becomes the first, and so on; with a choice in the target alone the
+tensor is cut into as many equal parts, row by row.
 """
 from __future__ import annotations
 

@@ -161,16 +161,15 @@ class Problems:
 class Piece(NamedTuple):
     """A tensor on its way."""
     rule: Rule
-    sources: list[str]                      # the keys that it is made of
+    source: str
     target: str
     tensor: Tensor
 
 
 def _pieces(state_dict: Mapping[str, Tensor], done: Conversion, problems: Problems) -> Iterator[Piece]:
-    """What the rules make of every key, in the order of the keys; joined tensors at their last part."""
+    """What the rules make of every key, in the order of the keys."""
     names = {rule: (Name.parse(rule.source), Name.parse(rule.target) if isinstance(rule, Rule) else None)
              for rule in done.format.rules if isinstance(rule, Rule | Drop)}
-    parts: dict[tuple[Rule, str], dict[int, tuple[str, Tensor]]] = defaultdict(dict)
     for key, tensor in state_dict.items():
         spelled = key
         for other, own in done.format.spellings:
@@ -182,33 +181,23 @@ def _pieces(state_dict: Mapping[str, Tensor], done: Conversion, problems: Proble
             done.dropped[rule.reason].append(key)
         else:
             (values, chosen), (source, target) = found, names[rule]
-            if not target.choice and source.choice:                                                    # joined
-                key_of_whole = target.fill(values, None)
-                parts[rule, key_of_whole][chosen] = key, tensor
-                if len(parts[rule, key_of_whole]) == len(source.choice):
-                    keys, tensors = zip(*(parts.pop((rule, key_of_whole))[index] for index in range(len(source.choice))), strict=True)
-                    yield Piece(rule, list(keys), key_of_whole, torch.cat(tensors))
-            elif target.choice and not source.choice:                                                  # cut
-                if len(tensor) % len(target.choice):
-                    problems.misshapen.append(f"{key} {list(tensor.shape)} is to be cut into {len(target.choice)} equal parts")
-                    continue
-                for index, share in enumerate(tensor.chunk(len(target.choice))):
-                    yield Piece(rule, [key], target.fill(values, index), share)
+            if source.choice or not target.choice:
+                yield Piece(rule, key, target.fill(values, chosen), tensor)
+            elif len(tensor) % len(target.choice):
+                problems.misshapen.append(f"{key} {list(tensor.shape)} is to be cut into {len(target.choice)} equal parts")
             else:
-                yield Piece(rule, [key], target.fill(values, chosen), tensor)
-    for (rule, target), have in parts.items():
-        keys = ", ".join(key for key, _ in have.values())
-        problems.unmapped.append(f"{keys} (of {target}, which needs all of {names[rule][0].template})")
+                for index, share in enumerate(tensor.chunk(len(target.choice))):
+                    yield Piece(rule, key, target.fill(values, index), share)
 
 
 def _place(piece: Piece, ours: Mapping[str, Tensor], request: Request, done: Conversion, problems: Problems) -> None:
     """Put a tensor where it belongs, if it fits."""
-    rule, sources, target, tensor = piece
+    rule, source, target, tensor = piece
     if target not in ours:
         if rule.unless_built and not _is_built(rule, target, ours):
-            done.dropped[rule.unless_built] += sources
+            done.dropped[rule.unless_built].append(source)
         else:
-            problems.unexpected.append(f"{target} (from {sources[0]})")
+            problems.unexpected.append(f"{target} (from {source})")
         return
     wanted, misfit = ours[target], ""
     try:
@@ -216,13 +205,14 @@ def _place(piece: Piece, ours: Mapping[str, Tensor], request: Request, done: Con
     except (ValueError, RuntimeError) as error:
         changed, misfit = tensor, f": {error}"
     if misfit or changed.shape != wanted.shape:
-        problems.misshapen.append(f"{target} {list(wanted.shape)} <- {sources[0]} {list(tensor.shape)}{misfit}")
+        problems.misshapen.append(f"{target} {list(wanted.shape)} <- {source} {list(tensor.shape)}{misfit}")
         problems.classes |= isinstance(rule.operation, ClassRows)
     changed = changed.detach().to(wanted.device, wanted.dtype)
     if target in done.state_dict and not torch.equal(done.state_dict[target], changed):
-        problems.differing.append(f"{target} (from {sources[0]} and a key before)")
+        problems.differing.append(f"{target} (from {source} and a key before)")
     done.state_dict[target] = changed
-    done.mapped[rule] += [source for source in sources if source not in done.mapped[rule]]
+    if done.mapped[rule][-1:] != [source]:                   # once for a key that is cut
+        done.mapped[rule].append(source)
 
 
 def _is_built(rule: Rule, target: str, ours: Iterable[str]) -> bool:
