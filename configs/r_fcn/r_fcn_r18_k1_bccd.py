@@ -1,0 +1,6 @@
+"""R-FCN R18 with one bin, so without position-sensitivity, on BCCD at 320x240: the control of r_fcn_r18_bccd.py. Not measured yet.
+
+VISIONKIT_DATA=where/the/data/is python tools/train.py configs/r_fcn/r_fcn_r18_k1_bccd.py
+"""
+_base_ = "r_fcn_r18_bccd.py"
+model = dict(roi=dict(bins=1))
