@@ -368,10 +368,12 @@ def write_converted(path: str | os.PathLike, done: Conversion, source: str | os.
     """Write weights as .safetensors, whole or not at all, with where they came from in the metadata."""
     from safetensors.torch import save
 
+    digest = hashlib.sha256()
     with open(source, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    metadata = {"format": "pt", "source": Path(source).name, "source_sha256": digest, "source_format": done.name, "config": config,
-                "classes": classes or "all", "visionkit": visionkit.__version__}
+        while block := file.read(1 << 20):
+            digest.update(block)
+    metadata = {"format": "pt", "source": Path(source).name, "source_sha256": digest.hexdigest(), "source_format": done.name,
+                "config": config, "classes": classes or "all", "visionkit": visionkit.__version__}
     # copies: safetensors refuses tensors that share memory
     write_atomically(path, save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in done.state_dict.items()},
                                 metadata))
