@@ -205,7 +205,8 @@ MMDET_FASTER_RCNN = Format(
         Rule("roi_head.bbox_head.shared_fcs.{i}.{p}", "roi.hidden.{i}.{p}"),
         Rule("roi_head.bbox_head.fc_{cls,reg}.{p}", "roi.{classify,regress}.{p}"),
     ),
-    notes=(_CHECK_PREPROCESSING,),
+    notes=(_CHECK_PREPROCESSING,
+           "MMDetection takes more samples in larger bins, as roi.pooling with sampling_ratio=-1 does; here the default is 2 x 2."),
 )
 
 

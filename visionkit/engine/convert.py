@@ -155,7 +155,7 @@ class Problems:
             hint = (f"The numbers of classes differ: set num_classes in the config to the checkpoint's, or take the rows of some classes "
                     f"with --classes ({', '.join(CATEGORIES)}).\n")
         raise CheckpointError(f"the checkpoint ({done.name}: {done.format.title}) cannot become that of the config's "
-                              f"{type(model).__name__}:\n{listings}{hint}Nothing was written.")
+                              f"{type(model).__name__}:\n{listings}{hint}".rstrip())
 
 
 class Piece(NamedTuple):
@@ -183,7 +183,7 @@ def _pieces(state_dict: Mapping[str, Tensor], done: Conversion, problems: Proble
             (values, chosen), (source, target) = found, names[rule]
             if source.choice or not target.choice:
                 yield Piece(rule, key, target.fill(values, chosen), tensor)
-            elif len(tensor) % len(target.choice):
+            elif tensor.ndim == 0 or len(tensor) % len(target.choice):
                 problems.misshapen.append(f"{key} {list(tensor.shape)} is to be cut into {len(target.choice)} equal parts")
             else:
                 for index, share in enumerate(tensor.chunk(len(target.choice))):
@@ -202,8 +202,10 @@ def _place(piece: Piece, ours: Mapping[str, Tensor], request: Request, done: Con
     wanted, misfit = ours[target], ""
     try:
         changed = rule.operation(tensor, request) if rule.operation else tensor
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, LookupError) as error:
         changed, misfit = tensor, f": {error}"
+    if tensor.is_floating_point() != wanted.is_floating_point():
+        misfit = f": {tensor.dtype} is not for {wanted.dtype}"                                   # such as a quantised one
     if misfit or changed.shape != wanted.shape:
         problems.misshapen.append(f"{target} {list(wanted.shape)} <- {source} {list(tensor.shape)}{misfit}")
         problems.classes |= isinstance(rule.operation, ClassRows)
