@@ -26,6 +26,7 @@ class Pyramid(NamedTuple):
     shapes: Tensor              # [L, 2] (h, w), padding included
     starts: Tensor              # [L] where each level starts in S
     levels: Tensor              # [S] the level of each pixel
+    pixels: Tensor              # [L, 1, 2] the width and height of one, in fractions of its map with padding
     valid_ratios: Tensor        # [1 or B, L, 2] the share of each map, along x and y, that is the image and not its padding
     centers: Tensor             # [1 or B, S, 2] of each pixel, (x, y) in fractions of the image
     padding: Tensor | None      # [B, S] true on padding
@@ -275,10 +276,9 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).view(*points, 2)
         weights = self.attention_weights(query).view(*points[:3], -1).softmax(-1).view(points)
         center, size = reference[:, :, None, :, None, :2], reference[:, :, None, :, None, 2:]       # [1 or B, Q, 1, L, 1, 2]
-        if size.shape[-1]:
-            locations = center + offsets * (size / (2 * self.num_points))
-        else:
-            locations = center + offsets / pyramid.shapes.flip(1)[:, None]                          # offsets in pixels of each level
+        # An offset of 1 is a pixel of each level; of a box, as much as lets the P-th point begin at its border (appendix A.4).
+        unit = size / (2 * self.num_points) if size.shape[-1] else pyramid.pixels
+        locations = torch.addcmul(center, offsets.to(center.dtype), unit)
         value = value.unflatten(2, (self.num_heads, -1))
         return self.output(ms_deform_attn(value, pyramid.shapes, pyramid.starts, locations, weights))
 
@@ -315,7 +315,8 @@ def _pyramid(features: Sequence[Tensor], images: ImageBatch) -> Pyramid:
     counts = shapes.prod(1)
     levels = torch.arange(len(shapes), device=images.device).repeat_interleave(counts, output_size=centers.shape[1])
     padding = (centers > 1).any(-1) if images.padded else None
-    return Pyramid(shapes, counts.cumsum(0) - counts, levels, valid / shapes.flip(1), centers, padding)
+    pixels = 1 / shapes.flip(1)[:, None].to(valid.dtype)
+    return Pyramid(shapes, counts.cumsum(0) - counts, levels, pixels, valid / shapes.flip(1), centers, padding)
 
 
 def _on_levels(reference: Tensor, pyramid: Pyramid) -> Tensor:
