@@ -1,4 +1,6 @@
 """Metrics: predictions and ground truth in, numbers out."""
 from visionkit.evaluation.coco_ap import CocoMetric
+from visionkit.evaluation.detection import DetectionMetric
+from visionkit.evaluation.panoptic_quality import PanopticQuality
 
-__all__ = ["CocoMetric"]
+__all__ = ["CocoMetric", "DetectionMetric", "PanopticQuality"]
