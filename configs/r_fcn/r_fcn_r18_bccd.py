@@ -1,4 +1,4 @@
-"""R-FCN R18 with 3x3 bins on BCCD at 320x240, 20 epochs from scratch. Not measured yet.
+"""R-FCN R18 with 3x3 bins on BCCD at 320x240, 30 epochs from scratch. Not measured yet.
 
 VISIONKIT_DATA=where/the/data/is python tools/train.py configs/r_fcn/r_fcn_r18_bccd.py
 """
@@ -19,7 +19,7 @@ model = dict(
         score_threshold=0.01,                                              # the table counts the tail of the ranking too
     ),
 )
-train_cfg = dict(type="EpochLoop", max_epochs=20, val_interval=5)
+train_cfg = dict(type="EpochLoop", max_epochs=30, val_interval=10)
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=4e-4, weight_decay=1e-4, fused=True),
@@ -27,5 +27,5 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.02, by_epoch=False, begin=0, end=50),
-    dict(type="CosineAnnealingLR", T_max=20, begin=0, end=20, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", T_max=30, begin=0, end=30, convert_to_iter_based=True),
 ]

@@ -230,3 +230,18 @@ def test_checkpointing_runs_each_block_again_in_the_backward_pass():
     assert len(runs) == 1
     loss.backward()
     assert len(runs) == 2
+
+
+def test_torchvisions_checkpoint_loads_strictly_into_a_dilated_deformable_network():
+    peer = pytest.importorskip("torchvision", reason="the peer to compare with is not installed", exc_type=ImportError).models
+    theirs = peer.resnet50(replace_stride_with_dilation=(False, False, True)).eval()
+    dilated = {"strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2), "dcn": V1, "stage_with_dcn": LAST}
+    ours = ResNet(50, out_stages=(5,), **dilated).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert theirs.layer4[0].conv2.dilation == (1, 1)                                   # theirs begins the dilation a block later
+    theirs.layer4[0].conv2.dilation = theirs.layer4[0].conv2.padding = (2, 2)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        features = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
+        features = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(features))))
+        torch.testing.assert_close(ours(images)[0], features)

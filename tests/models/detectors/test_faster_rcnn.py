@@ -235,6 +235,11 @@ def test_without_a_neck_the_stages_work_on_the_first_and_on_the_last_map():
     assert [feature.shape[1:] for feature in seen["roi"]] == [(512, 4, 6)]
 
 
+def test_maps_that_no_stage_would_work_on_are_refused():
+    with pytest.raises(ConfigError, match="without a neck .* the backbone gives 4; set its out_stages, or give a neck"):
+        MODELS.build(config(neck=None))
+
+
 def test_the_deformable_detector_starts_as_the_one_whose_convolutions_and_bins_stay():
     """Difference 0.0, of deformable convolution and deformable pooling together."""
     torch.manual_seed(0)

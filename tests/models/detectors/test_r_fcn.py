@@ -194,7 +194,7 @@ def test_constant_maps_of_a_class_give_that_constant(deformable):
     """Spec: the vote is the mean over all bins: logit v to the last bit but one, whatever the box."""
     roi = head(deformable=deformable)
     maps = torch.randn(1, 36, 16, 24)
-    maps[:, 1::4] = 2.75                                                                          # class 1 in every bin
+    maps[:, slice(9, 18) if deformable else slice(1, None, 4)] = 2.75                             # class 1 in every bin
     offsets = (torch.zeros(1, 72, 16, 24), torch.zeros(1, 18, 16, 24))
     boxes = torch.zeros(1, 72, 16, 24)
     logits, _ = roi.vote(((maps, offsets[0]), (boxes, offsets[1])) if deformable else (maps, boxes), [some_boxes(20)])
@@ -218,8 +218,8 @@ def test_bins_move_for_the_class_whose_offsets_say_so(moving, axis, rise):
     maps, box_maps = ramp.expand(1, 36, 16, 24), (ramp.expand(1, 72, 16, 24), torch.zeros(1, 18, 16, 24))
     box = [torch.tensor([[24.0, 20, 56, 36]])]
     still, _ = roi.vote(((maps, torch.zeros(1, 72, 16, 24)), box_maps), box)
-    offsets = torch.zeros(1, 9, 4, 2, 16, 24)                                                     # bins, classes, (dx, dy)
-    offsets[:, :, moving, axis] = 1
+    offsets = torch.zeros(1, 4, 2, 9, 16, 24)                                                     # classes, (dx, dy), bins
+    offsets[:, moving, axis] = 1
     moved, _ = roi.vote(((maps, offsets.view(1, 72, 16, 24)), box_maps), box)
     expected = torch.zeros(1, 4)
     expected[0, moving] = rise
@@ -232,8 +232,8 @@ def test_boxes_move_together_whatever_the_class():
     class_maps = (ramp.expand(1, 36, 16, 24), torch.zeros(1, 72, 16, 24))
     box = [torch.tensor([[24.0, 20, 56, 36]])]
     _, still = roi.vote((class_maps, (ramp.expand(1, 72, 16, 24), torch.zeros(1, 18, 16, 24))), box)
-    offsets = torch.zeros(1, 9, 2, 16, 24)
-    offsets[:, :, 0] = 1
+    offsets = torch.zeros(1, 2, 9, 16, 24)
+    offsets[:, 0] = 1
     _, moved = roi.vote((class_maps, (ramp.expand(1, 72, 16, 24), offsets.view(1, 18, 16, 24))), box)
     torch.testing.assert_close(moved - still, torch.full((1, 1, 4), 0.8), rtol=0, atol=1e-5)
 
@@ -386,6 +386,8 @@ def test_only_the_foreground_box_is_learned_and_used():
 def test_wrong_settings_are_refused():
     with pytest.raises(ConfigError, match="roi: PositionSensitiveHead: bins and hard_per_image must be positive, got 0"):
         MODELS.build(config(bins=0))
+    with pytest.raises(ConfigError, match="RFCN: R-FCN works on C4 and C5, or on one map, but the backbone gives 4"):
+        MODELS.build(config({"out_stages": (2, 3, 4, 5)}))
     with pytest.raises(ConfigError, match="roi.hard_per_images: .* Did you mean 'hard_per_image'"):
         MODELS.build(config(hard_per_images=3))
 

@@ -38,6 +38,9 @@ class FasterRCNN(Model):
         channels, strides = self.backbone.out_channels, self.backbone.strides
         self.neck = None if neck is None else NECKS.make(neck, at="neck", in_channels=channels, strides=strides)
         if self.neck is None:
+            if len(channels) > 2:
+                raise ValueError(f"without a neck the stages work on one map each, but the backbone gives {len(channels)}; set its "
+                                 f"out_stages, or give a neck")
             self.first, self.second = slice(0, 1), slice(-1, None)                          # which maps each stage works on
         else:
             self.first = self.second = slice(None)

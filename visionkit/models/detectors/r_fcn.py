@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from visionkit.ops import boxes_to_rois, deform_ps_roi_pool, ps_roi_pool
 from visionkit.ops.detections import Thinning
 from visionkit.registry import BACKBONES, HEADS, MODELS
 from visionkit.structures import ImageBatch, Sample
+
+Maps = Tensor | tuple[Tensor, Tensor]       # of scores, or of scores and of offsets
 
 # B images, R RoIs of all images, C classes without background, k x k bins a RoI
 
@@ -44,6 +46,8 @@ class RFCN(Model):
         super().__init__(data_preprocessor)
         self.backbone = BACKBONES.make(backbone, at="backbone")
         channels, strides = self.backbone.out_channels, self.backbone.strides
+        if len(channels) > 2:
+            raise ValueError(f"R-FCN works on C4 and C5, or on one map, but the backbone gives {len(channels)}; set its out_stages")
         self.rpn = HEADS.make(rpn, at="rpn", in_channels=channels[:1], strides=strides[:1])
         self.roi = HEADS.make(roi, at="roi", in_channels=channels[-1:], strides=strides[-1:])
 
@@ -113,12 +117,12 @@ class PositionSensitiveHead(RoIHead):
         """Logits [R, C + 1] and deltas [R, 1, 4] of boxes, see `RoIHead`."""
         return self.vote(self.score_maps(features), boxes)
 
-    def score_maps(self, features: Sequence[Tensor]) -> tuple[Any, Any]:
+    def score_maps(self, features: Sequence[Tensor]) -> tuple[Maps, Maps]:
         """All that is computed of an image, whatever its regions are: maps of the classes and of the boxes."""
         hidden = F.relu(self.conv_new(features[-1]), inplace=True)
         return self.classify(hidden), self.regress(hidden)
 
-    def vote(self, maps: tuple[Any, Any], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def vote(self, maps: tuple[Maps, Maps], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits [R, C + 1] and deltas [R, 1, 4] of boxes, [R_i, 4] an image."""
         rois = boxes_to_rois(boxes)
         rois[:, 3:] -= 1                                                    # to the last pixel, as the pooling rule counts
@@ -191,11 +195,12 @@ class DeformablePositionSensitiveScores(PositionSensitiveScores):
         nn.init.zeros_(self.offset.bias)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, in_channels, h, w] to maps [B, N * k^2, h, w] and offset maps [B, moving * 2 * k^2, h, w], (dx, dy) of each block."""
-        return self.maps(hidden), self.offset(hidden)
+        """[B, in_channels, h, w] to maps [B, N * k^2, h, w] and offset maps [B, moving * 2 * k^2, h, w], (dx, dy) of each block. Both are
+        in the authors' order, which this pooling reads."""
+        return tuple(torch.channel_shuffle(layer(hidden), self.bins**2) for layer in (self.maps, self.offset))
 
     def vote(self, maps: tuple[Tensor, Tensor], rois: Tensor) -> Tensor:
         """[R, N] of `rois` [R, 5]: image index and box, the last pixel inside."""
-        scores, offsets = (torch.channel_shuffle(value, self.bins**2) for value in maps)    # class by class, as this op reads
+        scores, offsets = maps
         moves = deform_ps_roi_pool(offsets, rois, None, self.bins, self.scale)              # [R, moving * 2, k, k]
         return deform_ps_roi_pool(scores, rois, moves, self.bins, self.scale).mean((2, 3))
