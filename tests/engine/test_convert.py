@@ -81,8 +81,10 @@ def test_stages_that_are_not_built_are_left_out_and_blocks_that_do_not_fit_are_n
     done = plan(state, short)
     short.load_state_dict(done.state_dict)
     assert all(key.startswith(("layer3", "layer4")) for key in done.dropped["the config's backbone ends before this stage"])
-    with pytest.raises(CheckpointError, match=r"not in the config's model \(\d+\):\n    layer1.2.conv1.weight"):
-        plan(state, ResNet(18))                                                    # the same stages and shapes, fewer blocks
+    deeper = torchvision.models.resnet18().state_dict()
+    deeper["layer3.2.conv1.weight"] = deeper["layer3.1.conv1.weight"]              # as ResNet-101 beside ResNet-50
+    with pytest.raises(CheckpointError, match=r"not in the config's model \(1\):\n    layer3.2.conv1.weight"):
+        plan(deeper, ResNet(18))
 
 
 def test_offsets_of_deformable_convolutions_start_at_zero():
