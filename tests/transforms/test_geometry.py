@@ -136,3 +136,13 @@ def test_an_image_smaller_than_the_crop_keeps_its_size():
     assert RandomCrop(size=(100, 20))(scene())["img"].shape == (20, 60, 3)
     with pytest.raises(ValueError, match="size must be"):
         RandomCrop(size=(0, 4))
+
+
+def test_random_crop_may_draw_the_size_of_its_window():
+    np.random.seed(0)
+    sizes = {RandomCrop(size=(100, 20), min_size=(50, 18))(scene())["img"].shape for _ in range(200)}
+    assert {height for height, _, _ in sizes} == {18, 19, 20}
+    assert {width for _, width, _ in sizes} == set(range(50, 61))              # the image is 60 wide
+    assert len(sizes) > 20                                                      # each side for itself
+    with pytest.raises(ValueError, match=r"no larger than size=\(8, 8\), got \(4, 9\)"):
+        RandomCrop(size=(8, 8), min_size=(4, 9))

@@ -94,19 +94,24 @@ class RandomCrop(BaseTransform):
     Args:
         size: (width, height) of the window, pixels.
         min_visible: the least part of a box's area that must be left.
+        min_size: (width, height); each side of the window is then drawn between this and `size`.
     """
 
-    def __init__(self, size: Sequence[int], min_visible: float = 0.2) -> None:
+    def __init__(self, size: Sequence[int], min_visible: float = 0.2, min_size: Sequence[int] | None = None) -> None:
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size must be (width, height) in pixels, got {size}")
+        if min_size is not None and (len(min_size) != 2 or min(min_size) < 1 or min_size[0] > size[0] or min_size[1] > size[1]):
+            raise ValueError(f"min_size must be (width, height) in pixels and no larger than size={tuple(size)}, got {min_size}")
         if not 0 <= min_visible <= 1:
             raise ValueError(f"min_visible is a part of a box's area, 0 to 1, got {min_visible}")
         self.size = tuple(size)
+        self.min_size = self.size if min_size is None else tuple(min_size)
         self.min_visible = min_visible
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         height, width = results["img"].shape[:2]
-        new_width, new_height = min(self.size[0], width), min(self.size[1], height)
+        new_width, new_height = (np.random.randint(min(least, side), min(most, side) + 1)
+                                 for least, most, side in zip(self.min_size, self.size, (width, height), strict=True))
         left, top = np.random.randint(width - new_width + 1), np.random.randint(height - new_height + 1)
         window = np.s_[top:top + new_height, left:left + new_width]
         results["img"] = np.ascontiguousarray(results["img"][window])
@@ -124,7 +129,7 @@ class RandomCrop(BaseTransform):
         return results
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(size={self.size}, min_visible={self.min_visible})"
+        return f"{type(self).__name__}(size={self.size}, min_visible={self.min_visible}, min_size={self.min_size})"
 
 
 def _area(boxes: np.ndarray) -> np.ndarray:
