@@ -1,18 +1,24 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from mmengine.optim import build_optim_wrapper
 from torch import nn
 
+from visionkit.engine import load_config
 from visionkit.models.detectors.deformable_detr import DeformableAttention, Prediction, Predictions
 from visionkit.ops import box_iou
 from visionkit.registry import MODELS, ConfigError
 from visionkit.structures import ImageBatch, InstanceData, Sample
 from visionkit.testing import check_model
+from visionkit.transforms import build_pipeline
 
 VARIANTS = {"plain": {}, "refine": {"with_box_refine": True}, "two stage": {"with_box_refine": True, "two_stage": True}}
+CARDS = Path(__file__).parents[3] / "configs" / "deformable_detr"
 TRUTH = ((8.0, 8, 40, 40), (60.0, 20, 90, 60))
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -278,6 +284,42 @@ def test_two_ranks_learn_what_one_process_learns(tmp_path):
         for rank in range(2):
             for ours, theirs in zip(torch.load(tmp_path / f"{name}.{rank}.pt"), gradients, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)          # some are zero but for rounding
+
+
+# ------------------------------------------------------------------------------------------------------------------- its recipe
+
+@pytest.mark.parametrize("card", ["", "_refine", "_two_stage"])
+def test_the_recipe_trains_backbone_offsets_and_references_at_a_tenth(card):
+    recipe = load_config(CARDS / f"deformable_detr{card}_r50_coco.py")
+    recipe.model.backbone.depth = 18                                            # names are the same, and it is built faster
+    model = MODELS.build(recipe.model)
+    wrapper = build_optim_wrapper(model, recipe.optim_wrapper)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(parameter)]: group["lr"] for group in wrapper.optimizer.param_groups for parameter in group["params"]}
+    slow = {name for name, rate in rates.items() if rate == pytest.approx(2e-5)}
+    assert {name for name, rate in rates.items() if rate == pytest.approx(2e-4)} == rates.keys() - slow
+    learnt = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in learnt if name in slow} == {
+        name for name in learnt if name.startswith(("backbone.", "reference_points.")) or ".sampling_offsets." in name}
+    assert not [name for name in learnt if name.startswith(("backbone.conv1", "backbone.layer1"))]
+    assert wrapper.clip_grad_kwargs == {"max_norm": 0.1}
+
+
+def test_images_are_seen_at_many_scales_and_half_of_them_cropped():
+    pipeline = load_config(CARDS / "deformable_detr_r50_coco.py").train_dataloader.dataset.pipeline[2:-1]
+    draws = build_pipeline(pipeline)
+    np.random.seed(0)
+    sizes, whole = set(), 0
+    for _ in range(40):
+        scene = {"img": np.zeros((60, 80, 3), np.uint8), "img_shape": (60, 80), "gt_bboxes": np.float32([[0, 0, 80, 60]]),
+                 "gt_bboxes_labels": np.zeros(1, np.int64), "gt_ignore_flags": np.zeros(1, bool)}
+        height, width = draws(scene)["img"].shape[:2]
+        assert max(height, width) <= 1333
+        sizes.add(min(height, width))
+        whole += abs(width / height - 4 / 3) < 0.01
+    assert sizes <= set(range(480, 801, 32))
+    assert len(sizes) > 6
+    assert 10 <= whole <= 30
 
 
 # ------------------------------------------------------------------------------------------------------------------- its parts
