@@ -1,0 +1,32 @@
+"""Panoptic DETR R18 on 120 microscope images at 256x256, boxes and masks trained together from scratch. Not measured yet.
+
+VISIONKIT_DATA=where/the/data/is python tools/train.py configs/detr/detr_panoptic_r18_nuclei.py
+"""
+_base_ = "../_base_/nuclei_panoptic.py"
+model = dict(
+    type="DetrPanoptic",
+    data_preprocessor=dict(type="ImagePreprocessor", pad_divisor=16),
+    backbone=dict(type="ResNet", depth=18, strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)),      # a nucleus is 16 pixels wide
+    num_classes=2,
+    num_things=1,
+    num_queries=150,                                                                           # an image has up to 118 segments
+    channels=128,
+    num_heads=4,
+    hidden_channels=512,
+    encoder_layers=3,
+    decoder_layers=3,
+    dropout=0.0,
+    panoptic_threshold=0.5,
+)
+train_cfg = dict(type="EpochLoop", max_epochs=30, val_interval=10)
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=4e-4, weight_decay=1e-4, fused=True),
+    paramwise_cfg=dict(custom_keys={"mask_": dict(lr_mult=5)}),                                # else all masks stay alike for long
+    clip_grad=dict(max_norm=0.1),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.02, by_epoch=False, begin=0, end=100),
+    dict(type="CosineAnnealingLR", T_max=30, begin=0, end=30, convert_to_iter_based=True),
+]
+custom_hooks = [dict(type="PictureHook")]
