@@ -2,5 +2,6 @@
 from visionkit.evaluation.coco_ap import CocoMetric
 from visionkit.evaluation.detection import DetectionMetric
 from visionkit.evaluation.panoptic_quality import PanopticQuality
+from visionkit.evaluation.voc_ap import VOCMetric
 
-__all__ = ["CocoMetric", "DetectionMetric", "PanopticQuality"]
+__all__ = ["CocoMetric", "DetectionMetric", "PanopticQuality", "VOCMetric"]
