@@ -45,6 +45,9 @@ class BalancedSampler(nn.Module):
 class AllSampler(nn.Module):
     """Every box that is not ignored."""
 
+    def __init__(self) -> None:                              # nn.Module's own takes any argument, and a config's mistake would not show
+        super().__init__()
+
     def forward(self, matched: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the positives and of the negatives in `matched` [N], the answer of a matcher."""
         return (matched >= 0).nonzero()[:, 0], (matched == NEGATIVE).nonzero()[:, 0]
