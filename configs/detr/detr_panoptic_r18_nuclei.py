@@ -17,6 +17,7 @@ model = dict(
     decoder_layers=3,
     dropout=0.0,
     panoptic_threshold=0.5,
+    empty_label=None,                                                                          # 1 would be background: a PQ for nothing
 )
 train_cfg = dict(type="EpochLoop", max_epochs=30, val_interval=10)
 optim_wrapper = dict(

@@ -5,27 +5,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from visionkit.engine.convert import convert
 from visionkit.registry import MODELS
 from visionkit.structures import ImageBatch, InstanceData, Sample
 
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers' DETR: pip install -e '.[test]'")
 pytest.importorskip("timm", reason="the oracle's backbone is timm's: pip install -e '.[test]'")
 
-RULES = [
-    (r"^mask_head\.output_conv", "mask_head.output"), (r"^mask_head\.conv1\.conv", "mask_head.convs.0"),
-    (r"^mask_head\.conv2\.conv", "mask_head.convs.1"), (r"^mask_head\.conv1\.norm", "mask_head.norms.0"),
-    (r"^mask_head\.conv2\.norm", "mask_head.norms.1"), (r"^mask_head\.fpn_stages\.(\d)\.fpn_adapter", r"mask_head.adapters.\1"),
-    (r"^mask_head\.fpn_stages\.0\.refine\.(conv|norm)", r"mask_head.\1s.2"),
-    (r"^mask_head\.fpn_stages\.1\.refine\.(conv|norm)", r"mask_head.\1s.3"),
-    (r"^mask_head\.fpn_stages\.2\.refine\.(conv|norm)", r"mask_head.\1s.4"), (r"^bbox_attention", "mask_attention"), (r"^detr\.", ""),
-    (r"^model\.backbone\.model\.", "backbone."), (r"^model\.input_projection", "project"),
-    (r"^model\.query_position_embeddings", "queries"),
-    (r"^class_labels_classifier", "classify"), (r"^bbox_predictor", "regress"), (r"^model\.decoder\.layernorm", "transformer.decoder.norm"),
-    (r"^model\.(en|de)coder", r"transformer.\1coder"), (r"(encoder.*)\.self_attn", r"\1.attention"),
-    (r"(decoder.*)\.self_attn", r"\1.self_attention"), (r"\.encoder_attn", ".cross_attention"), (r"_layer_norm", "_norm"),
-    (r"\.q_proj", ".query"), (r"\.k_proj", ".key"), (r"\.v_proj", ".value"), (r"\.o_proj", ".output"),
-    (r"\.mlp\.fc", ".feed_forward.linear"), (r"\.final_norm", ".feed_forward_norm"),
-]
 SMALL = {"num_classes": 5, "num_queries": 12, "channels": 64, "num_heads": 8, "hidden_channels": 48, "encoder_layers": 2,
          "decoder_layers": 2}
 
@@ -48,12 +34,7 @@ def pair(depth: int = 18, auxiliary_losses: bool = True, **settings) -> tuple[nn
             value.add_(torch.randn_like(value) * 0.1)
     ours = MODELS.build({"type": "DetrPanoptic", "backbone": {"type": "ResNet", "depth": depth, "norm": "FrozenBN", "frozen_stages": 2},
                          "num_things": 3, "query_chunk": 5, "auxiliary_losses": auxiliary_losses, **settings})
-    weights = {}
-    for name, value in theirs.state_dict().items():
-        for pattern, replacement in RULES:
-            name = re.sub(pattern, replacement, name)
-        weights[name] = value
-    ours.load_state_dict(weights)
+    ours.load_state_dict(convert(theirs.state_dict(), ours))
     return ours.eval(), theirs.eval()
 
 
