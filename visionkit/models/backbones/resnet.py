@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from visionkit.ops import DeformConv2dPack, ModulatedDeformConv2dPack
 from visionkit.ops.checkpointing import recompute
@@ -31,8 +32,35 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     def after(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """The norm of `conv(x)`, as one convolution with weights scaled by the norm: no feature map between the two is computed or kept."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding, conv.dilation)
+        return _ScaledConv.apply(x, conv.weight, scale, self.bias - self.running_mean * scale, conv.stride, conv.padding, conv.dilation)
+
+
+class _ScaledConv(torch.autograd.Function):
+    """A convolution whose output channels are scaled through its weights, which are scaled again for the backward pass rather than kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: Sequence[int], padding: Sequence[int],
+                dilation: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        ctx.geometry = (stride, padding, dilation)
+        return F.conv2d(x, weight * scale[:, None, None, None], shift, stride, padding, dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        scale, of_x, of_weight = scale[:, None, None, None], None, None
+
+        def gradient(index: int, weight: Tensor) -> Tensor:              # in the type of the output, which autocast may have chosen
+            wanted = [index == 0, index == 1, False]
+            return torch.ops.aten.convolution_backward(grad, x.to(grad.dtype), weight.to(grad.dtype), None, *ctx.geometry, False, [0, 0],
+                                                       1, wanted)[index]
+
+        if ctx.needs_input_grad[0]:
+            of_x = gradient(0, weight * scale).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = gradient(1, weight).to(weight.dtype).mul_(scale)
+        return of_x, of_weight, *[None] * 5
 
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
