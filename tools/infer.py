@@ -13,6 +13,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out-dir", default="detections", help="where pictures, videos and detections.json go; default: %(default)s")
     parser.add_argument("--score-threshold", type=float, default=0.3, help="leave out what is less sure; default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=1, help="images that go through the network together; default: %(default)s")
+    parser.add_argument("--tta", action="store_true", help="merge the predictions of several views of each image, by default as it is and "
+                                                           "flipped; the section tta of the config says otherwise")
+    parser.add_argument("--amp", action="store_true", help="compute in bfloat16, on GPU or CPU")
     parser.add_argument("--device", help="such as cuda:1 or cpu; default: a GPU if there is one")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="change the config, such as model.roi.max_per_image=20; +KEY=VALUE adds a key")
@@ -29,7 +32,7 @@ def main() -> int:
     def command() -> int:
         find_inputs(arguments.inputs)                        # before the model is built
         detector = Detector(load_config(arguments.config, arguments.cfg_options), arguments.checkpoint, arguments.device,
-                            arguments.score_threshold, arguments.batch_size)
+                            arguments.score_threshold, arguments.batch_size, arguments.tta, arguments.amp)
         done = detect_files(detector, arguments.inputs, arguments.out_dir)
         print(f"{done.objects} objects in {done.images} images: {done.json_file}, and pictures beside it")
         for line in done.unreadable:

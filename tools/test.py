@@ -11,6 +11,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", help=".pth or .safetensors")
     parser.add_argument("--out", metavar="FILE.json", help="write the detections here, in COCO's result format")
     parser.add_argument("--show-dir", metavar="DIR", help="write pictures of predictions beside the ground truth here, one an image")
+    parser.add_argument("--tta", action="store_true", help="merge the predictions of several views of each image, by default as it is and "
+                                                           "flipped; the section tta of the config says otherwise")
+    parser.add_argument("--amp", action="store_true", help="compute in bfloat16, on GPU or CPU")
     parser.add_argument("--work-dir", help="where the log goes; default: work_dirs/<name of the config>")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="change the config, such as test_evaluator.backend=pycocotools; +KEY=VALUE adds a key")
@@ -30,7 +33,8 @@ def main() -> int:
             write_detections(cfg, arguments.out)
         if arguments.show_dir:
             cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": "PictureHook", "first": -1, "folder": arguments.show_dir}]
-        test(cfg, arguments.checkpoint, launcher=arguments.launcher, work_dir=arguments.work_dir)
+        test(cfg, arguments.checkpoint, launcher=arguments.launcher, work_dir=arguments.work_dir, tta=arguments.tta,
+             amp=arguments.amp)
         return 0
 
     return run_command(command, arguments.traceback)

@@ -35,7 +35,7 @@ TRANSFORM_ARGUMENTS = {
     "RandomCrop": {"size": (40, 32)},
     "Resize": {"scale": (96, 40)},
 }
-START_OR_END = {"LoadImageFromFile", "LoadAnnotations", "LoadPanopticAnnotations", "PackSample"}        # take or give something else
+START_OR_END = {"LoadImageFromFile", "LoadAnnotations", "LoadPanopticAnnotations", "PackSample", "TestTimeAug"}      # take or give more
 
 
 def ours(registry):

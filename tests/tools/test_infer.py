@@ -10,6 +10,12 @@ def test_pictures_and_one_json_file_come_out(project, tool, capsys):
     assert sorted(file.name for file in (project / "out").iterdir()) == ["0.jpg", "1.jpg", "2.jpg", "detections.json"]
 
 
+def test_flipped_views_in_bfloat16_find_the_same(project, tool, capsys):
+    assert tool("infer", "config.py", "weights.pth", "images", "--out-dir", "out", "--tta", "--amp") == 0
+    records = json.loads((project / "out" / "detections.json").read_text())
+    assert [[one["box"] for one in record["detections"]] for record in records] == [[[0, 8, 16, 24]], [[10, 8, 26, 24]], [[20, 8, 36, 24]]]
+
+
 def test_an_unreadable_input_is_named_and_the_others_are_done(project, tool, capsys):
     (project / "images" / "bad.png").write_bytes(b"")
     assert tool("infer", "config.py", "weights.pth", "images/0.png", "images/bad.png", "--out-dir", "out") == 1

@@ -35,7 +35,16 @@ def test_the_table_the_detections_and_the_pictures_come_out(project, tool, capfd
     assert not (project / "work_dirs").exists()
 
 
+@pytest.mark.parametrize("ways", [["--tta"], ["--amp"], ["--tta", "--amp"]], ids=" ".join)
+def test_flipped_views_and_bfloat16_find_the_same(project, tool, capfd, ways):
+    assert tool("test", "config.py", "weights.pth", *ways, "--out", "all.json", "--show-dir", "show", "--work-dir", "work") == 0
+    assert "maxDets=100 ] = 1.000" in "".join(capfd.readouterr())
+    assert [one["bbox"] for one in json.loads((project / "all.json").read_text())] == [[0, 8, 16, 16], [10, 8, 16, 16], [20, 8, 16, 16]]
+    assert len(list((project / "show").iterdir())) == 3
+
+
 @pytest.mark.parametrize("arguments, said", [
+    (["config.py", "weights.pth", "--tta", "--cfg-options", "+tta={'scale': [1]}"], "tta.scale"),
     (["none.py", "weights.pth"], "no config file 'none.py'"),
     (["config.py", "none.pth"], "none.pth"),
     (["config.py", "weights.pth", "--cfg-options", "test_evaluator.bakend=x"], "bakend"),

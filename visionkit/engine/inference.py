@@ -20,6 +20,7 @@ from mmengine.registry import DefaultScope
 from visionkit.engine.checkpoint import load_weights, read_checkpoint, write_atomically
 from visionkit.engine.config import load_config
 from visionkit.engine.pictures import draw_sample
+from visionkit.engine.test_time import autocast, views_of
 from visionkit.registry import DATASETS, MODELS, SCOPE, TRANSFORMS, ConfigError, did_you_mean
 from visionkit.structures import Sample
 from visionkit.transforms import BrokenImageError, LoadAnnotations, LoadImageFromFile, build_pipeline
@@ -41,13 +42,16 @@ class Detector:
         device: such as `cuda:1` or `cpu`; by default a GPU if there is one.
         score_threshold: predictions below are left out.
         batch_size: images that go through the network together.
+        tta: merge the predictions of several views of each image, as the section `tta` of the config says.
+        amp: compute in bfloat16.
 
     Raises:
         ConfigError: the config or the checkpoint cannot be used, or there is no checkpoint.
     """
 
     def __init__(self, config: str | os.PathLike | Config, checkpoint: str | os.PathLike | None = None,
-                 device: str | torch.device | None = None, score_threshold: float = 0.3, batch_size: int = 8) -> None:
+                 device: str | torch.device | None = None, score_threshold: float = 0.3, batch_size: int = 8,
+                 tta: bool = False, amp: bool = False) -> None:
         cfg = config if isinstance(config, Config) else load_config(config)
         checkpoint = checkpoint or cfg.get("load_from")
         if checkpoint is None:
@@ -57,8 +61,11 @@ class Detector:
         self.score_threshold = score_threshold
         self.batch_size = batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.amp = amp
+        self.views = views_of(cfg) if tta else None
         with DefaultScope.overwrite_default_scope(SCOPE):
-            self.pipeline = build_pipeline(_without_loading(_test_dataset(cfg)["pipeline"]))
+            transforms = _without_loading(_test_dataset(cfg)["pipeline"])
+            self.pipeline = build_pipeline(self.views.pipeline(transforms) if self.views else transforms)
             self.model = MODELS.make(cfg.model, at="model")
         load_weights(self.model, checkpoint, strict=cfg.get("load_from_strict", True))
         self.model.to(self.device).eval()
@@ -92,12 +99,19 @@ class Detector:
         results = {"img": array, "img_path": path, "img_id": index, "ori_shape": array.shape[:2], "img_shape": array.shape[:2],
                    "height": array.shape[0], "width": array.shape[1]}
         packed = self.pipeline(results)
-        packed["data_samples"].pop("annotations", None)      # there is no ground truth, which is not the same as no objects
+        for sample in packed["data_samples"] if self.views else [packed["data_samples"]]:
+            sample.pop("annotations", None)                  # there is no ground truth, which is not the same as no objects
         return packed
 
     @torch.inference_mode()
     def _detect(self, batch: Sequence[Mapping[str, Any]]) -> list[Sample]:
-        samples = self.model.test_step({key: [one[key] for one in batch] for key in ("inputs", "data_samples")})
+        collated = {key: [one[key] for one in batch] for key in ("inputs", "data_samples")}
+        step = self.model.test_step
+        with autocast(self.model, self.amp):
+            if self.views:                                   # images of views to views of images
+                samples = self.views.predict(step, {key: list(zip(*values, strict=True)) for key, values in collated.items()})
+            else:
+                samples = step(collated)
         for sample in samples:
             found = sample.pred_instances.to("cpu")
             sample.pred_instances = found[found.scores >= self.score_threshold]

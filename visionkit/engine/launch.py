@@ -20,6 +20,7 @@ from visionkit.engine.checkpoint import CheckpointError, find_resumable, read_ch
 from visionkit.engine.distributed import start_processes
 from visionkit.engine.memory import keep_freed_memory
 from visionkit.engine.preflight import preflight
+from visionkit.engine.test_time import use_inference_loop
 from visionkit.registry import ConfigError
 
 _runs = count(1)                                             # of this process
@@ -63,7 +64,7 @@ def train(cfg: Config, *, resume: bool | str = False, amp: bool = False, launche
 
 
 def test(cfg: Config, checkpoint: str | os.PathLike, *, launcher: str | None = None,  # noqa: PT028  (not a pytest test)
-         work_dir: str | os.PathLike | None = None) -> dict[str, Any]:  # noqa: PT028
+         work_dir: str | os.PathLike | None = None, tta: bool = False, amp: bool = False) -> dict[str, Any]:  # noqa: PT028
     """The metrics of the weights in `checkpoint` on the test set of `cfg`.
 
     Args:
@@ -71,12 +72,16 @@ def test(cfg: Config, checkpoint: str | os.PathLike, *, launcher: str | None = N
         checkpoint: a .pth or .safetensors file.
         launcher: `pytorch` in processes that torchrun started.
         work_dir: where logs go; by default `work_dirs/<name of the config>`.
+        tta: merge the predictions of several views of each image, as the section `tta` of `cfg` says.
+        amp: the forward pass in bfloat16.
 
     Raises:
         ConfigError: something in `cfg` cannot be used, or the checkpoint does not fit its model.
     """
     cfg = _prepared(cfg, launcher, work_dir)
     cfg.load_from, cfg.resume = os.fspath(checkpoint), False
+    if tta or amp:
+        use_inference_loop(cfg, tta, amp)
     keep_freed_memory()
     preflight(cfg, training=False)
     start_processes(cfg)

@@ -74,7 +74,7 @@ RUNNER_TAKES = {HOOKS: {"priority"}, PARAM_SCHEDULERS: {"convert_to_iter_based"}
 LOADER_TAKES = {"dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "num_batch_per_epoch",
                 "disable_subprocess_warning"}
 # Top-level keys that somebody reads, beside the arguments of mmengine's Runner.
-OTHER_KEYS = {"custom_imports", "runner_type", "model_wrapper_cfg", "sync_bn", "load_from_strict", "find_unused_parameters"}
+OTHER_KEYS = {"custom_imports", "runner_type", "model_wrapper_cfg", "sync_bn", "load_from_strict", "find_unused_parameters", "tta"}
 # What the Runner wants all together or not at all.
 SECTIONS = (("train_dataloader", "train_cfg", "optim_wrapper"), ("val_dataloader", "val_cfg", "val_evaluator"),
             ("test_dataloader", "test_cfg", "test_evaluator"))

@@ -86,6 +86,20 @@ class RandomFlip(mmcv.transforms.RandomFlip):
 
 
 @TRANSFORMS.register_module()
+class TestTimeAug(mmcv.transforms.TestTimeAug):
+    """mmcv's TestTimeAug: several views of an image, whose `inputs` and `data_samples` become lists. The config stays as it is.
+
+    Args:
+        transforms: a list of steps, each a list of alternatives; every combination is a view.
+    """
+
+    __test__ = False                                         # its name begins like that of a test case
+
+    def __init__(self, transforms: Sequence[Sequence[Any]]) -> None:
+        super().__init__([list(alternatives) for alternatives in transforms])
+
+
+@TRANSFORMS.register_module()
 class RandomCrop(BaseTransform):
     """Cut out a random window; objects of which less than `min_visible` is left go, together with labels, flags and masks.
 
