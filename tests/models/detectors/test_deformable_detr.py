@@ -134,13 +134,16 @@ def test_refined_layers_learn_for_themselves_and_plain_ones_share_their_heads():
 
 def test_the_second_stage_starts_from_the_best_boxes_of_the_first_and_takes_them_as_given():
     model = shake(build(**VARIANTS["two stage"]))
+    with torch.no_grad():                                                       # what every unusable pixel says, now with a high score
+        model.classify[-1].weight[0] = model.proposal_features(torch.zeros(32))
     seen = []
     model.decoder[0].register_forward_hook(lambda module, arguments, output: seen.append(arguments[2]))
-    first_stage, layers = model(images(2))
-    for logits, boxes, reference in zip(*first_stage, seen[0], strict=True):
+    first_stage, layers = model(ImageBatch(images(2).tensor, [(64, 96), (48, 96)]))
+    for logits, boxes, reference, height in zip(*first_stage, seen[0], (1, 0.75), strict=True):
         usable = boxes[:, 0] < 1
         best = logits[usable, 0].topk(12).indices
-        torch.testing.assert_close(reference[:, 0], boxes[usable][best])
+        torch.testing.assert_close(reference[:, 0], boxes[usable][best] * torch.tensor([1, height, 1, height]))
+    assert logits[~usable, 0].min() > logits[usable, 0].max()                   # of the second image, which is padded
     layers[-1].boxes.sum().backward()
     assert model.regress[-1].layers[0].weight.grad is None
 

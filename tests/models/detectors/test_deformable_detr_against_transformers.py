@@ -36,8 +36,8 @@ def ours(variant, depth, channels, feedforward, layers, queries, num_classes, le
         "decoder_layers": layers, "hidden_channels": feedforward, "max_per_image": queries, **variant,
         "backbone": {"type": "ResNet", "depth": depth, "norm": "FrozenBN", "out_stages": (3, 4, 5)},
         "neck": {"type": "ChannelMapper", "out_channels": channels, "num_levels": levels},
-        "matcher": {"type": "HungarianMatcher", "class_cost": 1.0, "classification": "sigmoid"},
-        "set_loss": {"type": "SetPredictionLoss", "class_weight": 1.0, "classification": "sigmoid"},
+        "matcher": {"type": "HungarianMatcher", "class_cost": 1.0},
+        "set_loss": {"type": "SetPredictionLoss", "class_weight": 1.0},
     }).eval()
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from visionkit.models.base import Model
 from visionkit.models.layers import MLP, Attention, FeedForward, sinusoid
-from visionkit.models.losses import SetPredictionLoss, mean_over_ranks
-from visionkit.models.targets import HungarianMatcher, set_targets
+from visionkit.models.losses import mean_over_ranks
+from visionkit.models.targets import set_targets
 from visionkit.ops import clip_boxes, cxcywh_to_xyxy, ms_deform_attn
 from visionkit.ops.checkpointing import recompute
 from visionkit.registry import BACKBONES, LOSSES, MODELS, NECKS, TARGETS
@@ -26,7 +26,7 @@ class Pyramid(NamedTuple):
     shapes: Tensor              # [L, 2] (h, w), padding included
     starts: Tensor              # [L] where each level starts in S
     levels: Tensor              # [S] the level of each pixel
-    pixels: Tensor              # [L, 1, 2] the width and height of one, in fractions of its map with padding
+    pixel_sizes: Tensor         # [L, 1, 2] of one pixel, (w, h) in fractions of its map with padding
     valid_ratios: Tensor        # [1 or B, L, 2] the share of each map, along x and y, that is the image and not its padding
     centers: Tensor             # [1 or B, S, 2] of each pixel, (x, y) in fractions of the image
     padding: Tensor | None      # [B, S] true on padding
@@ -98,7 +98,7 @@ class DeformableDETR(Model):
         else:
             self.queries = nn.Embedding(num_queries, 2 * channels)              # position and content
             self.reference_points = nn.Linear(channels, 2)
-        # One head for all layers, or one for each; in two stages the last is that of the first stage.
+        # One head for all layers, or one for each; in two stages one more, the first stage's, at the end.
         self.classify, self.regress = nn.ModuleList(), nn.ModuleList()
         for index in range(decoder_layers + two_stage):
             if index == 0 or with_box_refine:
@@ -106,8 +106,8 @@ class DeformableDETR(Model):
             self.classify.append(classify)
             self.regress.append(regress)
         self._initialise()
-        self.matcher = TARGETS.make(matcher or HungarianMatcher(2.0, 5.0, 2.0, "sigmoid"), at="matcher")
-        self.set_loss = LOSSES.make(set_loss or SetPredictionLoss(2.0, 5.0, 2.0, "sigmoid"), at="set_loss")
+        self.matcher = TARGETS.make(matcher or {"type": "HungarianMatcher", "class_cost": 2.0}, at="matcher", classification="sigmoid")
+        self.set_loss = LOSSES.make(set_loss or {"type": "SetPredictionLoss", "class_weight": 2.0}, at="set_loss", classification="sigmoid")
 
     def forward(self, images: ImageBatch) -> Predictions:
         return self.transform(self.neck(self.backbone(images.tensor)), images)
@@ -159,9 +159,6 @@ class DeformableDETR(Model):
         best = score.topk(min(self.num_queries, score.shape[1])).indices
         return Prediction(logits, boxes), boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | Pyramid) -> Tensor:
-        return recompute(layer, *inputs) if self.checkpointing else layer(*inputs)
-
     def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:
         """The loss of every layer, each with a matching of its own: of the last without a suffix, of those before with their number, of
         the first stage, to which all objects are of class 0, with `_proposal`."""
@@ -184,10 +181,14 @@ class DeformableDETR(Model):
         scores, best = scores.topk(min(self.max_per_image, scores.shape[1]))
         for sample, score, index, box in zip(samples, scores, best, cxcywh_to_xyxy(boxes), strict=True):
             height, width = sample.ori_shape
-            index, score = index[score >= self.score_threshold], score[score >= self.score_threshold]
+            keep = score >= self.score_threshold
+            index, score = index[keep], score[keep]
             box = clip_boxes(box[index // logits.shape[2]] * box.new_tensor([width, height, width, height]), height, width)
             sample.pred_instances = InstanceData(bboxes=box, scores=score, labels=index % logits.shape[2])
         return samples
+
+    def _run(self, layer: nn.Module, *inputs: Tensor | Pyramid) -> Tensor:
+        return recompute(layer, *inputs) if self.checkpointing else layer(*inputs)
 
     def _initialise(self) -> None:
         """As the authors' code."""
@@ -277,7 +278,7 @@ class DeformableAttention(nn.Module):
         weights = self.attention_weights(query).view(*points[:3], -1).softmax(-1).view(points)
         center, size = reference[:, :, None, :, None, :2], reference[:, :, None, :, None, 2:]       # [1 or B, Q, 1, L, 1, 2]
         # An offset of 1 is a pixel of each level; of a box, as much as lets the P-th point begin at its border (appendix A.4).
-        unit = size / (2 * self.num_points) if size.shape[-1] else pyramid.pixels
+        unit = size / (2 * self.num_points) if size.shape[-1] else pyramid.pixel_sizes
         locations = torch.addcmul(center, offsets.to(center.dtype), unit)
         value = value.unflatten(2, (self.num_heads, -1))
         return self.output(ms_deform_attn(value, pyramid.shapes, pyramid.starts, locations, weights))
@@ -301,22 +302,22 @@ class DeformableAttention(nn.Module):
 def _pyramid(features: Sequence[Tensor], images: ImageBatch) -> Pyramid:
     """How the images, and the padding beside them, lie on the levels."""
     height, width = images.tensor.shape[2:]
-    shapes = [tuple(feature.shape[2:]) for feature in features]
+    maps = [tuple(feature.shape[2:]) for feature in features]
     # A pixel of a map is of the image where the pixel at its top left is: ceil.
-    valid = [[(-(-w * columns // width), -(-h * rows // height)) for rows, columns in shapes]
+    valid = [[(-(-w * columns // width), -(-h * rows // height)) for rows, columns in maps]
              for h, w in (images.sizes if images.padded else images.sizes[:1])]
     valid = images.tensor.new_tensor(valid)                                                         # [1 or B, L, 2]
-    shapes = torch.tensor(shapes, device=images.device)
     centers = []
-    for (rows, columns), size in zip(shapes.tolist(), valid.unbind(1), strict=True):
+    for (rows, columns), size in zip(maps, valid.unbind(1), strict=True):
         y, x = (torch.arange(count, device=images.device) + 0.5 for count in (rows, columns))
         centers.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1) / size[:, None])
+    shapes = torch.tensor(maps, device=images.device)
     centers = torch.cat(centers, 1)
     counts = shapes.prod(1)
     levels = torch.arange(len(shapes), device=images.device).repeat_interleave(counts, output_size=centers.shape[1])
     padding = (centers > 1).any(-1) if images.padded else None
-    pixels = 1 / shapes.flip(1)[:, None].to(valid.dtype)
-    return Pyramid(shapes, counts.cumsum(0) - counts, levels, pixels, valid / shapes.flip(1), centers, padding)
+    pixel_sizes = 1 / shapes.flip(1).to(valid.dtype)
+    return Pyramid(shapes, counts.cumsum(0) - counts, levels, pixel_sizes[:, None], valid * pixel_sizes, centers, padding)
 
 
 def _on_levels(reference: Tensor, pyramid: Pyramid) -> Tensor:
