@@ -10,7 +10,7 @@ from visionkit.datasets import CocoInstancesAsPanoptic, CocoPanopticDataset, Dra
 from visionkit.evaluation import PanopticQuality
 from visionkit.registry import ConfigError
 from visionkit.structures.panoptic_map import decode_png, encode_png
-from visionkit.transforms import BrokenImageError
+from visionkit.transforms import BoxesFromMasks, BrokenImageError, LoadPanopticAnnotations
 
 ROOT = next((path for path in (os.environ.get("VISIONKIT_DATA"), "../shared/data") if path and Path(path, "coco_panoptic").is_dir()), None)
 real_data = pytest.mark.skipif(ROOT is None, reason="needs data/coco_panoptic and data/nuclei; VISIONKIT_DATA names the folder that "
@@ -122,8 +122,9 @@ def test_a_wrong_file_or_order_of_classes_is_named(write_panoptic, write_coco):
     with pytest.raises(ConfigError, match="has no 'file_name', 'segments_info'"):
         panoptic(write_coco())
     with pytest.raises(ValueError, match="neither `seg_path` nor `background_label`"):
-        LoadPanoptic = panoptic(write_panoptic()).pipeline.transforms[1]
-        LoadPanoptic({"img_path": "a.png", "instances": [], "ori_shape": (4, 4)})
+        LoadPanopticAnnotations()({"img_path": "a.png", "instances": [], "ori_shape": (4, 4)})
+    with pytest.raises(ValueError, match="needs `gt_masks`"):
+        BoxesFromMasks()({"img_path": "a.png"})
 
 
 # --------------------------------------------------------------------------------------------------------- instances as panoptic

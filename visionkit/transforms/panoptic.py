@@ -85,9 +85,15 @@ class BoxesFromMasks(BaseTransform):
 
     After a crop the box of a mask that is not convex, such as stuff, is larger than what can be seen of it; after shrinking a small
     mask may be gone.
+
+    Raises:
+        ValueError: there are no masks.
     """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        if "gt_masks" not in results:
+            raise ValueError("BoxesFromMasks needs `gt_masks`: begin the pipeline with LoadPanopticAnnotations or "
+                             "LoadAnnotations(with_mask=True)")
         boxes = boxes_of(results["gt_masks"])
         left = boxes[:, 2] > 0
         results["gt_bboxes"] = boxes[left]

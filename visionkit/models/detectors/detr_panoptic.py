@@ -59,9 +59,11 @@ class DetrPanoptic(DETR):
                  pre_norm: bool = False, position: str = "sine", auxiliary_losses: bool = True, matcher: dict | nn.Module | None = None,
                  set_loss: dict | nn.Module | None = None, score_threshold: float = 0.0, checkpointing: bool = False,
                  data_preprocessor: dict | nn.Module | None = None) -> None:
-        super().__init__(backbone, num_classes, num_queries, channels, num_heads, hidden_channels, encoder_layers, decoder_layers, dropout,
-                         inner_dropout, pre_norm, position, auxiliary_losses, matcher, set_loss, score_threshold, checkpointing,
-                         data_preprocessor)
+        super().__init__(backbone, num_classes, num_queries=num_queries, channels=channels, num_heads=num_heads, dropout=dropout,
+                         hidden_channels=hidden_channels, encoder_layers=encoder_layers, decoder_layers=decoder_layers,
+                         inner_dropout=inner_dropout, pre_norm=pre_norm, position=position, auxiliary_losses=auxiliary_losses,
+                         matcher=matcher, set_loss=set_loss, score_threshold=score_threshold, checkpointing=checkpointing,
+                         data_preprocessor=data_preprocessor)
         if not 0 <= num_things <= num_classes:
             raise ValueError(f"num_things counts the classes that are things, 0 to num_classes={num_classes}; got {num_things}")
         if empty_label is not None and not 0 <= empty_label < num_classes:
