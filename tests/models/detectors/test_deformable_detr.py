@@ -203,7 +203,6 @@ def test_predictions_below_a_threshold_are_left_out():
     assert model.predict(images(1), [sample()])[0].pred_instances.labels.tolist() == [1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", [VARIANTS["plain"], VARIANTS["two stage"]], ids=["plain", "two stage"])
 def test_it_learns_two_images_by_heart(variant):
     model = build(**variant, backbone=config()["backbone"] | {"zero_init_residual": False})
