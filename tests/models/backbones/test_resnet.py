@@ -139,12 +139,17 @@ def test_deformable_and_checkpointed_networks_keep_the_backbone_contract(argumen
     check_backbone(ResNet(18, **arguments))
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth, norm", [(18, "GN"), (50, "BN"), (50, "FrozenBN")])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["channels_first", "channels_last"])
-def test_a_fresh_deformable_network_is_the_plain_one_to_the_bit(depth, memory_format):
+def test_a_fresh_deformable_network_is_the_plain_one_to_the_bit(depth, norm, memory_format):
     """Difference 0.0."""
-    dilated = {"strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2), "zero_init_residual": False}
+    dilated = {"strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2), "zero_init_residual": False, "norm": norm}
     plain, deformable = ResNet(depth, **dilated), ResNet(depth, **dilated, dcn=V1, stage_with_dcn=(False, False, True, True))
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.weight, 0.5, 1.0)
     deformable.load_state_dict(plain.state_dict())                                     # strict: only the offset branches may be missing
     images = torch.randn(2, 3, 64, 96).to(memory_format=memory_format)
     with torch.no_grad():
@@ -245,3 +250,23 @@ def test_torchvisions_checkpoint_loads_strictly_into_a_dilated_deformable_networ
         features = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
         features = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(features))))
         torch.testing.assert_close(ours(images)[0], features)
+
+
+@pytest.mark.parametrize("dcn", [V1, V2], ids=["DCNv1", "DCNv2"])
+def test_frozen_normalisation_within_a_deformable_convolution_changes_nothing(dcn):
+    """Against the convolution and then the norm, in float64; and the gradients."""
+    torch.manual_seed(0)
+    resnet = ResNet(18, out_stages=(2,), norm="FrozenBN", dcn=dcn, stage_with_dcn=(True, False, False, False)).double()
+    block = resnet.layer1[0]
+    nn.init.normal_(block.conv2.conv_offset.weight, std=0.05)
+    nn.init.uniform_(block.bn2.running_var, 0.5, 2.0)
+    nn.init.normal_(block.bn2.running_mean)
+    x = torch.randn(1, 64, 8, 10, dtype=torch.float64)
+    parameters = list(block.conv2.parameters())
+    results = []
+    for output in (block.bn2.after(block.conv2, x), block.bn2(block.conv2(x))):
+        results.append([output, *torch.autograd.grad(output.square().sum(), parameters)])
+    assert len(results[0]) == 4
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    assert block.conv2.bias is None

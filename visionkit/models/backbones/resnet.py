@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from visionkit.ops import DeformConv2dPack, ModulatedDeformConv2dPack
 from visionkit.ops.checkpointing import recompute
@@ -29,10 +30,13 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     def train(self, mode: bool = True) -> FrozenBatchNorm2d:
         return super().train(False)
 
-    def after(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    def after(self, conv: nn.Conv2d | DeformConv2dPack | ModulatedDeformConv2dPack, x: Tensor) -> Tensor:
         """The norm of `conv(x)`, as one convolution with weights scaled by the norm: no feature map between the two is computed or kept."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return _ScaledConv.apply(x, conv.weight, scale, self.bias - self.running_mean * scale, conv.stride, conv.padding, conv.dilation)
+        shift = self.bias - self.running_mean * scale
+        if not isinstance(conv, nn.Conv2d):                             # the same weights, so that zero offsets give the same to the bit
+            return functional_call(conv, {"weight": conv.weight * scale[:, None, None, None], "bias": shift}, (x,))
+        return _ScaledConv.apply(x, conv.weight, scale, shift, conv.stride, conv.padding, conv.dilation)
 
 
 class _ScaledConv(torch.autograd.Function):
@@ -149,7 +153,7 @@ class Shortcut(nn.Sequential):
 
 
 def _convolve(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(norm, FrozenBatchNorm2d) and type(conv) is nn.Conv2d:
+    if isinstance(norm, FrozenBatchNorm2d) and type(conv) in (nn.Conv2d, DeformConv2dPack, ModulatedDeformConv2dPack):
         return norm.after(conv, x)
     return norm(conv(x))
 
