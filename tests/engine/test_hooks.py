@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from visionkit.engine import Diverged, Stopped
+from visionkit.engine import Diverged, Stopped, load_config
 from visionkit.engine.checkpoint import read_checkpoint
 from visionkit.engine.hooks import CheckpointHook, StopHook, resume_command
+from visionkit.engine.launch import test as evaluate
 from visionkit.registry import ConfigError
 
 
@@ -92,6 +93,20 @@ def test_averaged_weights_survive_resuming(toy, tmp_path):
     for key in ("state_dict", "ema_state_dict"):
         assert all(torch.equal(whole[key][name], parts[key][name]) for name in whole[key])
     assert not torch.equal(whole["state_dict"]["classify.weight"], whole["ema_state_dict"]["module.classify.weight"])
+
+
+def test_a_test_uses_the_averaged_weights_with_the_hook_and_without(toy, toy_file, validation, tmp_path):
+    ema = {"type": "EMAHook", "momentum": 0.3}
+    more = validation + validation.replace("val_", "test_").replace("ValLoop", "TestLoop")
+    runner = toy("run", f"+custom_hooks.1={ema}", more=more)
+    checkpoint = read_checkpoint(tmp_path / "run" / "epoch_2.pth")
+    own = {name.removeprefix("module."): value for name, value in checkpoint["ema_state_dict"].items() if name != "steps"}
+    torch.save({"state_dict": own}, tmp_path / "own.pth")
+    (error,) = (evaluate(load_config(toy_file(more)), tmp_path / "run" / "epoch_2.pth", work_dir=tmp_path / "test").values())
+    assert error == runner.message_hub.get_scalar("val/toy/error").current()                 # as validation saw the model
+    with_hook = load_config(toy_file(more), [f"+custom_hooks.1={ema}"])
+    assert evaluate(with_hook, tmp_path / "run" / "epoch_2.pth", work_dir=tmp_path / "test") == {"toy/error": error}
+    assert evaluate(with_hook, tmp_path / "own.pth", work_dir=tmp_path / "test") != {"toy/error": error}
 
 
 def test_checkpoints_hold_only_what_a_safe_loader_takes(toy, tmp_path):
