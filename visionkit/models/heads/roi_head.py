@@ -82,7 +82,7 @@ class RoIHead(nn.Module):
         return F.cross_entropy(logits, examples.labels, reduction="none"), off * positive
 
     def loss(self, features: Sequence[Tensor], proposals: list[Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Cross entropy over all sampled boxes, L1 on the box of the true class of the positives, both over the number of samples."""
+        """Cross entropy over all sampled boxes, smooth L1 on the box of the positives' true class, both over the number of samples."""
         examples = self.examples(proposals, samples)
         class_losses, box_losses = self.losses_of_each(*self(features, examples.boxes), examples)
         normaliser = mean_over_ranks(len(class_losses), class_losses.device)
