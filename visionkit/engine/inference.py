@@ -90,10 +90,11 @@ class Detector:
     def stream(self, images: Iterable[Any]) -> Iterator[Sample]:
         """As a call, but one batch at a time: for videos and for more images than fit into memory."""
         numbered = enumerate(images)
-        while batch := [self._prepare(image, index) for index, image in islice(numbered, self.batch_size)]:
+        while batch := [self.prepare(image, index) for index, image in islice(numbered, self.batch_size)]:
             yield from self._detect(batch)
 
-    def _prepare(self, image: Any, index: int) -> dict[str, Any]:
+    def prepare(self, image: Any, index: int = 0) -> dict[str, Any]:
+        """What the config's test pipeline makes of an image: `inputs` and `data_samples`, several of each with views."""
         path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
         array = read_image(image)
         results = {"img": array, "img_path": path, "img_id": index, "ori_shape": array.shape[:2], "img_shape": array.shape[:2],
@@ -276,6 +277,18 @@ def _test_dataset(cfg: Config) -> Mapping[str, Any]:
     if not dataset.get("pipeline"):
         raise ConfigError("inference takes its pipeline from here, and there is none", (key, "dataset", "pipeline"))
     return dataset
+
+
+def test_images(cfg: Config) -> Iterator[dict[str, Any]]:
+    """The images of a config's test set as its pipeline packs them, one by one."""
+    with DefaultScope.overwrite_default_scope(SCOPE):
+        dataset = DATASETS.build(dict(_test_dataset(cfg)))
+    dataset.full_init()
+    for index in range(len(dataset)):
+        yield dataset[index]
+
+
+test_images.__test__ = False                                 # its name begins like that of a test
 
 
 def _without_loading(pipeline: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
