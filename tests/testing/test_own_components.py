@@ -1,10 +1,16 @@
 """Every backbone, detector and transform of ours keeps the contract that a plugin's must, from the day it is registered."""
+import copy
+import inspect
+
 import pytest
 import torch
 
+from visionkit.engine.test_time import TestTimeAugmentation, mirrored_back
 from visionkit.ops import roi_align
 from visionkit.registry import BACKBONES, MODELS, TRANSFORMS
+from visionkit.structures import ImageBatch, InstanceData, Sample
 from visionkit.testing import check_backbone, check_model, check_op, check_transform
+from visionkit.transforms import build_pipeline
 
 # What a constructor cannot do without, or what shows more of the component.
 BACKBONE_ARGUMENTS = {"ResNet": {"depth": 18}}
@@ -53,6 +59,59 @@ def test_every_detector_keeps_its_contract(name):
     torch.manual_seed(0)
     check_model(MODELS.build({"type": name, **DETECTORS.get(name, {})}), num_classes=3, masks=name == "DetrPanoptic",
                 unused=WITHOUT_GRADIENT.get(name, ()))
+
+
+def checkpointed(config):
+    """`config` with every switch `checkpointing` that its model and backbone have."""
+    switches = [(MODELS, config), (BACKBONES, config["backbone"])]
+    model, backbone = ({**part, "checkpointing": True} if "checkpointing" in inspect.signature(registry.get(part["type"])).parameters
+                       else part for registry, part in switches)
+    return {**model, "backbone": backbone}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_checkpointing_keeps_less_and_gives_the_same_loss_and_gradients(name):
+    config = {"type": name, **DETECTORS[name]}
+    plain, checkpointing = MODELS.build(config), MODELS.build(checkpointed(config))
+    checkpointing.load_state_dict(plain.state_dict())
+    boxes = torch.tensor([[4.0, 4, 40, 40], [50, 10, 80, 60]])
+    outcomes = []
+    for model in (plain, checkpointing):
+        sample = Sample(metainfo={"img_id": 0, "img_shape": (64, 96), "ori_shape": (64, 96), "scale_factor": (1.0, 1.0)})
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0, 2]), masks=torch.ones(2, 64, 96, dtype=torch.bool))
+        sample.ignored_instances = sample.gt_instances[:0]
+        batch = ImageBatch(torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)), [(64, 96)])
+        kept = []
+        torch.manual_seed(0)
+        note = lambda tensor, kept=kept: kept.append(tensor.numel()) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = sum(model.loss(batch, [sample]).values())
+        loss.backward()
+        outcomes.append((sum(kept), [loss, *(p.grad for p in model.parameters() if p.grad is not None)]))
+    (all_kept, expected), (few_kept, ours) = outcomes
+    assert few_kept < 0.8 * all_kept
+    for value, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in DETECTORS if name != "DetrPanoptic"])
+def test_views_of_every_detector_are_merged(name):
+    """Where an object is found in the flipped image and in the image as it is, once; here all that an untrained model finds."""
+    torch.manual_seed(0)
+    model = MODELS.build({"type": name, **DETECTORS[name]}).eval()
+    views = TestTimeAugmentation(scales=(1.0, 0.5), nms={"type": "nms", "iou": 1.0}, max_per_image=10**6)
+    pipeline = build_pipeline(views.pipeline([{"type": "Resize", "scale": (96, 64)}, {"type": "PackSample"}]))
+    image = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8).numpy()
+    packed = pipeline({"img": image, "img_id": 0, "ori_shape": (48, 64), "img_shape": (48, 64)})
+    with torch.no_grad():
+        alone = [model.test_step({key: [values[view]] for key, values in copy.deepcopy(packed).items()})[0] for view in range(4)]
+        (merged,) = views.predict(model.test_step, {key: [[value] for value in values] for key, values in packed.items()})
+    boxes = torch.cat([mirrored_back(one.pred_instances.bboxes, one) for one in alone])
+    assert [one.flip for one in alone] == [False, True, False, True]
+    assert 0 < len(merged.pred_instances) <= len(boxes)
+    distances = (merged.pred_instances.bboxes[:, None] - boxes).abs().amax(2)
+    assert (distances.min(1)[0] < 1e-3).all()
+    assert merged.pred_instances.bboxes.max() <= 64
 
 
 @pytest.mark.parametrize("name", [name for name in ours(TRANSFORMS) if name not in START_OR_END])
