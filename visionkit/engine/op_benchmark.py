@@ -196,7 +196,7 @@ def _peaks(op: str, shape: str, peer: str | None, device: str, dtype: torch.dtyp
         call = Call(function, arguments, passes)
         try:
             call()                                           # libraries set themselves up
-            peak = _peak_of(call, device)
+            peak = peak_of(call, device)
         except RuntimeError:                                 # the peer has no kernel for this device or type; `measure` says so
             return found
         if peak is None:
@@ -205,7 +205,7 @@ def _peaks(op: str, shape: str, peer: str | None, device: str, dtype: torch.dtyp
     return found
 
 
-def _peak_of(call: Callable[[], Any], device: str) -> int | None:
+def peak_of(call: Callable[[], Any], device: str) -> int | None:
     """Bytes that `call` needs at its peak, its results included; None where the system does not tell."""
     if device == "cuda":
         torch.cuda.synchronize()

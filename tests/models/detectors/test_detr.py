@@ -200,6 +200,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_the_same_with_all_objects_on_one_of_them(tmp_path):
     """Two objects here, none there: the box terms are divided by the mean, 1, so the mean of both gradients is that of two by two."""
     model = build()
