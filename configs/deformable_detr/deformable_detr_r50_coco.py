@@ -6,6 +6,7 @@ _base_ = "../_base_/coco_detr.py"
 train_dataloader = dict(batch_size=4)
 model = dict(
     type="DeformableDETR",
+    data_preprocessor=dict(type="ImagePreprocessor", pad_divisor=1),
     backbone=dict(type="ResNet", depth=50, norm="FrozenBN", frozen_stages=2, out_stages=(3, 4, 5), pretrained="torchvision://resnet50"),
     neck=dict(type="ChannelMapper", out_channels=256, num_levels=4),
     num_classes=80,
