@@ -9,6 +9,7 @@ model = dict(
     data_preprocessor=dict(type="ImagePreprocessor", pad_divisor=1),
     backbone=dict(type="ResNet", depth=50, norm="FrozenBN", frozen_stages=2, pretrained="torchvision://resnet50"),
     num_classes=133,
+    inner_dropout=0.1,                                                     # as in the authors' code
 )
 val_evaluator = dict(type="CocoMetric")
 test_evaluator = val_evaluator
