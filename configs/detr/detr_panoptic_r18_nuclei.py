@@ -1,4 +1,5 @@
 """Panoptic DETR R18 on 120 microscope images at 256x256, boxes and masks trained together from scratch. Not measured yet.
+A map of nothing but background has PQ 0.417: things 0, stuff 0.835.
 
 VISIONKIT_DATA=where/the/data/is python tools/train.py configs/detr/detr_panoptic_r18_nuclei.py
 """
