@@ -10,6 +10,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Forward, loss and backward of DETR R50 on two images of 640x480, in turns with those of transformers (pip install "
                     "transformers timm), and the peak memory of each in a process of its own.")
     parser.add_argument("--repeats", type=int, default=9, help="steps of each; the median counts (default: %(default)s)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory, which takes a process for each")
     return parser.parse_args()
 
 
@@ -23,11 +24,11 @@ def main() -> int:
     def command() -> int:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of {arguments.repeats} steps\n")
         print("| beside | s | theirs, s | ratio | MB | theirs, MB | ratio |\n|---|---|---|---|---|---|---|")
-        for row in measure_steps(arguments.repeats):
+        for row in measure_steps(arguments.repeats, memory=not arguments.no_memory):
             memory = "| | | |"
             if row.ours_bytes and row.peer_bytes:
                 memory = f"| {row.ours_bytes / 1e6:.0f} | {row.peer_bytes / 1e6:.0f} | {row.ours_bytes / row.peer_bytes:.2f} |"
-            print(f"| {row.peer} | {row.ours_seconds:.2f} | {row.peer_seconds:.2f} | {row.time_ratio:.2f} {memory}")
+            print(f"| {row.peer} | {row.ours_seconds:.2f} | {row.peer_seconds:.2f} | {row.time_ratio:.2f} {memory}", flush=True)
         return 0
 
     return run_command(command)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -34,16 +34,15 @@ class StepCost:
     peer_bytes: int | None
 
 
-def measure_steps(repeats: int = 9, peers: Sequence[str] = PEERS) -> list[StepCost]:
+def measure_steps(repeats: int = 9, peers: Sequence[str] = PEERS, memory: bool = True) -> Iterator[StepCost]:
     """Times in turns, the peak memory of each in a process of its own."""
-    bytes_of = {name: _peak_in_a_process(name) for name in (OURS, *peers)}
+    bytes_of = {name: _peak_in_a_process(name) if memory else None for name in (OURS, *peers)}
     keep_freed_memory()
-    ours, rows = build_step(OURS), []
+    ours = build_step(OURS)
     for peer in peers:
         turns = in_turns([ours, build_step(peer)], repeats)
         mine, theirs = map(statistics.median, zip(*turns, strict=True))
-        rows.append(StepCost(peer, mine, theirs, statistics.median(a / b for a, b in turns), bytes_of[OURS], bytes_of[peer]))
-    return rows
+        yield StepCost(peer, mine, theirs, statistics.median(a / b for a, b in turns), bytes_of[OURS], bytes_of[peer])
 
 
 def build_step(name: str) -> Step:
@@ -94,6 +93,7 @@ def _peak_in_a_process(name: str) -> int | None:
 
 def _peak(name: str, threads: int) -> int | None:
     torch.set_num_threads(threads)
+    peak_of(lambda: None, "cpu")                             # from here on what is freed goes back to the system, also before it counts
     step = build_step(name)
     step()                                                   # libraries set themselves up
     return peak_of(step, "cpu")
