@@ -5,6 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from visionkit.registry import MODELS
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -36,11 +39,20 @@ def test_the_table_the_detections_and_the_pictures_come_out(project, tool, capfd
 
 
 @pytest.mark.parametrize("ways", [["--tta"], ["--amp"], ["--tta", "--amp"]], ids=" ".join)
-def test_flipped_views_and_bfloat16_find_the_same(project, tool, capfd, ways):
+def test_flipped_views_and_bfloat16_find_the_same(project, tool, capfd, monkeypatch, ways):
+    model, autocast = MODELS.get("WhiteBlock"), []
+    forward = model.forward
+
+    def noting(self, images):
+        autocast.append(torch.is_autocast_enabled(images.tensor.device.type))
+        return forward(self, images)
+
+    monkeypatch.setattr(model, "forward", noting)
     assert tool("test", "config.py", "weights.pth", *ways, "--out", "all.json", "--show-dir", "show", "--work-dir", "work") == 0
     assert "maxDets=100 ] = 1.000" in "".join(capfd.readouterr())
     assert [one["bbox"] for one in json.loads((project / "all.json").read_text())] == [[0, 8, 16, 16], [10, 8, 16, 16], [20, 8, 16, 16]]
     assert len(list((project / "show").iterdir())) == 3
+    assert autocast == ["--amp" in ways] * (4 if "--tta" in ways else 2)                     # two batches, of each view
 
 
 @pytest.mark.parametrize("arguments, said", [
