@@ -53,18 +53,10 @@ class _ScaledConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        scale, of_x, of_weight = scale[:, None, None, None], None, None
-
-        def gradient(index: int, weight: Tensor) -> Tensor:              # in the type of the output, which autocast may have chosen
-            wanted = [index == 0, index == 1, False]
-            return torch.ops.aten.convolution_backward(grad, x.to(grad.dtype), weight.to(grad.dtype), None, *ctx.geometry, False, [0, 0],
-                                                       1, wanted)[index]
-
-        if ctx.needs_input_grad[0]:
-            of_x = gradient(0, weight * scale).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            of_weight = gradient(1, weight).to(weight.dtype).mul_(scale)
-        return of_x, of_weight, *[None] * 5
+        wanted, scale = (*ctx.needs_input_grad[:2], False), scale[:, None, None, None]
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(        # in the type of the output, which autocast may have chosen
+            grad, x.to(grad.dtype), (weight * scale).to(grad.dtype), None, *ctx.geometry, False, [0, 0], 1, wanted)
+        return (of_x.to(x.dtype) if wanted[0] else None, of_weight.to(weight.dtype).mul_(scale) if wanted[1] else None, *[None] * 5)
 
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
