@@ -121,7 +121,7 @@ def test_masks_are_learnt_from_the_last_layer_only_and_by_the_query_that_has_the
     assert set(losses) == {"loss_mask", "loss_dice", *of_each_layer, *(f"{name}_0" for name in of_each_layer)}
     batch, target = images((64, 96)), sample()
     scene = model(batch)
-    (queries, objects), = model.matcher(*scene.layers[-1], set_targets([target]))
+    (queries, objects), = model.matcher(*scene.decoded.layers[-1], set_targets([target]))
     with torch.no_grad():
         logits = F.interpolate(model.masks(scene, 0, queries)[:, None], (64, 96), mode="bilinear")[:, 0]
         expected = dice_loss(logits, target.gt_instances.masks[objects].float()).sum() / 2

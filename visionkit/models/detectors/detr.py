@@ -24,6 +24,15 @@ class SetPrediction(NamedTuple):
     boxes: Tensor       # [B, Q, 4] as (cx, cy, w, h), fractions of the image without its padding
 
 
+class Decoded(NamedTuple):
+    """What the transformer made of the images."""
+    layers: list[SetPrediction]     # of every decoder layer, the last one last
+    hidden: Tensor                  # [B, Q, D] of the last one
+    memory: Tensor                  # [B, h * w, D] what the encoder read
+    features: Tensor                # [B, D, h, w] what it was given
+    valid: Tensor                   # [B, h, w] false on padding
+
+
 @MODELS.register_module()
 class DETR(Model):
     """A transformer turns learned queries into objects, all at once: no anchors, no proposals, no suppression of duplicates.
@@ -75,15 +84,20 @@ class DETR(Model):
 
     def forward(self, images: ImageBatch) -> list[SetPrediction]:
         """One prediction a decoder layer, the last one last."""
-        features = self.project(self.backbone(images.tensor)[-1])                                           # [B, D, h, w]
+        return self.decode(self.backbone(images.tensor)[-1], images).layers
+
+    def decode(self, features: Tensor, images: ImageBatch) -> Decoded:
+        """What queries find in `features` [B, C_b, h, w], the backbone's last map of `images`."""
+        features = self.project(features)                                                                   # [B, D, h, w]
         valid = valid_positions(images, features.shape[2:])                                                 # [B, h, w]
         tokens, positions = features.flatten(2).transpose(1, 2), self.position(valid, features.dtype).flatten(1, 2)  # [B, h * w, D]
         queries = self.queries.weight.expand(len(images), -1, -1)                                           # [B, Q, D]
-        hidden, _ = self.transformer(tokens, torch.zeros_like(queries), positions, queries,
-                                     source_valid=valid.flatten(1) if images.padded else None)
+        hidden, memory = self.transformer(tokens, torch.zeros_like(queries), positions, queries,
+                                          source_valid=valid.flatten(1) if images.padded else None)
         hidden = torch.stack(hidden)                                                                        # [layers, B, Q, D]
         precision = torch.promote_types(hidden.dtype, torch.float32)                                        # also under autocast
-        return list(map(SetPrediction, self.classify(hidden).to(precision), self.regress(hidden).to(precision).sigmoid()))
+        layers = list(map(SetPrediction, self.classify(hidden).to(precision), self.regress(hidden).to(precision).sigmoid()))
+        return Decoded(layers, hidden[-1], memory, features, valid)
 
     def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:
         """Eq. 2 of the last decoder layer, and, with the layer's number in their names, of those before (sec. 3.2)."""

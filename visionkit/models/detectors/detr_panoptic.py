@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionkit.models.detectors.detr import DETR, SetPrediction, valid_positions
+from visionkit.models.detectors.detr import DETR, Decoded
 from visionkit.models.losses import mean_over_ranks
 from visionkit.models.targets import set_targets
 from visionkit.ops import clip_boxes, cxcywh_to_xyxy, sigmoid_focal_loss
@@ -24,12 +24,8 @@ from visionkit.structures.panoptic_map import areas_of
 
 class Scene(NamedTuple):
     """What DETR made of the images; a mask can be asked for of any query."""
-    layers: list[SetPrediction]     # of every decoder layer, the last one last
-    hidden: Tensor                  # [B, Q, D] of the last one
-    memory: Tensor                  # [B, h * w, D] what the encoder read
-    features: Tensor                # [B, D, h, w] what it was given
+    decoded: Decoded
     finer: tuple[Tensor, ...]       # [B, C_l, h_l, w_l] the backbone's other stages, coarsest first
-    valid: Tensor                   # [B, h, w] false on padding
 
 
 @MODELS.register_module()
@@ -95,26 +91,17 @@ class DetrPanoptic(DETR):
     def forward(self, images: ImageBatch) -> Scene:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_detr):
             *finer, coarsest = self.backbone(images.tensor)[-4:]
-            features = self.project(coarsest)                                                               # [B, D, h, w]
-            valid = valid_positions(images, features.shape[2:])                                             # [B, h, w]
-            tokens, positions = features.flatten(2).transpose(1, 2), self.position(valid, features.dtype).flatten(1, 2)
-            queries = self.queries.weight.expand(len(images), -1, -1)                                       # [B, Q, D]
-            hidden, memory = self.transformer(tokens, torch.zeros_like(queries), positions, queries,
-                                              source_valid=valid.flatten(1) if images.padded else None)
-            hidden = torch.stack(hidden)                                                                    # [layers, B, Q, D]
-            precision = torch.promote_types(hidden.dtype, torch.float32)                                    # also under autocast
-            layers = list(map(SetPrediction, self.classify(hidden).to(precision), self.regress(hidden).to(precision).sigmoid()))
-        return Scene(layers, hidden[-1], memory, features, tuple(reversed(finer)), valid)
+            return Scene(self.decode(coarsest, images), tuple(reversed(finer)))
 
     def masks(self, scene: Scene, image: int, queries: Tensor) -> Tensor:
         """Logits [K, h_2, w_2], on the finest stage, of chosen queries [K] of one image. No query's mask depends on another's."""
-        finer = [stage[image] for stage in scene.finer]
-        masks = [scene.hidden.new_zeros(0, *finer[-1].shape[1:])]
+        decoded, finer = scene.decoded, [stage[image] for stage in scene.finer]
+        masks = [decoded.hidden.new_zeros(0, *finer[-1].shape[1:])]
         for chunk in queries.split(self.query_chunk) if len(queries) else ():
-            maps = self.mask_attention(scene.hidden[image, chunk], scene.memory[image], scene.valid[image])     # [K, M, h, w]
-            inputs = maps, scene.features[image], *finer
+            maps = self.mask_attention(decoded.hidden[image, chunk], decoded.memory[image], decoded.valid[image])   # [K, M, h, w]
+            inputs = maps, decoded.features[image], *finer
             masks.append(recompute(self.mask_head, *inputs) if self.checkpointing else self.mask_head(*inputs))
-        return torch.cat(masks).to(scene.layers[-1].logits.dtype)
+        return torch.cat(masks).to(decoded.layers[-1].logits.dtype)
 
     def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:
         """The terms of `DETR`, unless it is frozen, and those of the masks of the last layer's matched queries."""
@@ -124,7 +111,7 @@ class DetrPanoptic(DETR):
         targets = set_targets(samples)
         num_boxes = mean_over_ranks(sum(len(target.labels) for target in targets), images.device)
         scene = self(images)
-        *earlier, last = scene.layers
+        *earlier, last = scene.decoded.layers
         pairs = self.matcher(*last, targets)
         losses = self._mask_losses(scene, images, samples, pairs, num_boxes)
         if not self.freeze_detr:
@@ -151,8 +138,9 @@ class DetrPanoptic(DETR):
     def predict(self, images: ImageBatch, samples: list[Sample]) -> list[Sample]:
         """Every query's best class, its box and its mask as `pred_instances`, and a map of the surest as `pred_panoptic`."""
         scene = self(images)
-        probabilities = scene.layers[-1].logits.softmax(-1)                                     # [B, Q, C + 1]
-        boxes = cxcywh_to_xyxy(scene.layers[-1].boxes)
+        last = scene.decoded.layers[-1]
+        probabilities = last.logits.softmax(-1)                                                 # [B, Q, C + 1]
+        boxes = cxcywh_to_xyxy(last.boxes)
         for index, sample in enumerate(samples):
             height, width = sample.ori_shape
             score, label = probabilities[index, :, :-1].max(-1)                                 # no-object is no answer
