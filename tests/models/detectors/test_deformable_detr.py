@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,45 +245,17 @@ def test_checkpointing_changes_nothing_but_memory(variant):
         torch.testing.assert_close(ours, theirs)
 
 
-RANK = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from visionkit.registry import MODELS
-
-folder, rank = sys.argv[1], int(sys.argv[2])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-given = torch.load(f"{folder}/given.pt", weights_only=False)
-for name, (config, weights) in given["models"].items():
-    model = MODELS.build(config)
-    model.load_state_dict(weights)
-    parallel = DistributedDataParallel(model)           # lives until the gradients are averaged
-    sum(parallel(*given["batches"][rank], mode="loss").values()).backward()
-    torch.save([value.grad for value in model.parameters()], f"{folder}/{name}.{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_process_learns(tmp_path):
+def test_two_ranks_learn_what_one_process_learns(on_two_ranks):
     """Two objects on one rank, none on the other: the loss is divided by the mean of both, so each has the gradient of the whole batch."""
     samples, batch = [sample(), sample((), ())], images(2)
-    models, expected = {}, {}
-    for name, variant in VARIANTS.items():
-        model = shake(build(**variant))
+    models = [shake(build(**variant)) for variant in VARIANTS.values()]
+    ranks = on_two_ranks(models, batch, samples)
+    for model, *gradients in zip(models, *ranks, strict=True):
         sum(model(batch, samples, mode="loss").values()).backward()
-        models[name] = (config(**variant), model.state_dict())
-        expected[name] = [value.grad for value in model.parameters()]
-    batches = [(ImageBatch(batch.tensor[rank:rank + 1], batch.sizes[:1]), samples[rank:rank + 1]) for rank in range(2)]
-    torch.save({"models": models, "batches": batches}, tmp_path / "given.pt")
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank)]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    for name, gradients in expected.items():
-        for rank in range(2):
-            for ours, theirs in zip(torch.load(tmp_path / f"{name}.{rank}.pt"), gradients, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)          # some are zero but for rounding
+        for name, value in model.named_parameters():
+            for ours in gradients:
+                torch.testing.assert_close(ours[name], value.grad, rtol=1e-3, atol=1e-6)        # some are zero but for rounding
 
 
 # ------------------------------------------------------------------------------------------------------------------- its recipe

@@ -1,6 +1,3 @@
-import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -184,43 +181,23 @@ def test_the_recipe_is_the_papers(name, last_map):
     assert model.backbone.eval()(torch.zeros(1, 3, 64, 64))[-1].shape[2:] == (last_map, last_map)
 
 
-RANK = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-folder, rank = sys.argv[1], int(sys.argv[2])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-model, batches = torch.load(f"{folder}/given.pt", weights_only=False)
-parallel = DistributedDataParallel(model)
-sum(parallel(*batches[rank], mode="loss").values()).backward()
-torch.save([value.grad for value in model.parameters()], f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
 @pytest.mark.slow
-def test_two_ranks_learn_the_same_with_all_objects_on_one_of_them(tmp_path):
+def test_two_ranks_learn_the_same_with_all_objects_on_one_of_them(on_two_ranks):
     """Two objects here, none there: the box terms are divided by the mean, 1, so the mean of both gradients is that of two by two."""
-    model = build()
-    batch, samples = images(2), [sample(), sample((), ())]
-    parts = [(ImageBatch(batch.tensor[rank:rank + 1], batch.sizes[:1]), samples[rank:rank + 1]) for rank in range(2)]
-    torch.save((model, parts), tmp_path / "given.pt")
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank)]) for rank in range(2)]
-    expected = copy.deepcopy(model)
+    model, batch, samples = build(), images(2), [sample(), sample((), ())]
+    ranks = on_two_ranks([model], batch, samples)
     box, rest = 0.0, 0.0
-    for part in parts:
-        for name, loss in expected.loss(*part).items():
+    for index in range(2):
+        for name, loss in model.loss(ImageBatch(batch.tensor[index:index + 1], batch.sizes[:1]), samples[index:index + 1]).items():
             if "class" in name:
                 rest = rest + loss / 2                                      # a mean by weight on each rank, as in the authors' code
             else:
-                box = box + loss * max(len(part[1][0].gt_instances), 1) / 2
+                box = box + loss * max(len(samples[index].gt_instances), 1) / 2
     (box + rest).backward()
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    for rank in range(2):
-        for (name, parameter), grad in zip(expected.named_parameters(), torch.load(tmp_path / f"{rank}.pt"), strict=True):
-            torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    for (gradients,) in ranks:
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5,
+                                       msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_wrong_settings_are_refused():

@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 import time
 
 import pytest
@@ -404,25 +402,8 @@ def test_wrong_settings_are_refused():
 
 # ------------------------------------------------------------------------------------------------------------------ two ranks
 
-RANK = """
-import sys
-import torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from visionkit.registry import MODELS
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-given = torch.load(f"{folder}/given.pt", weights_only=False)
-model = MODELS.build(given["card"]).double()
-model.load_state_dict(given["weights"])
-parallel = DistributedDataParallel(model)
-sum(parallel(*given["batches"][rank], mode="loss").values()).backward()
-torch.save([value.grad for value in model.parameters()], f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_process_learns(tmp_path):
+def test_two_ranks_learn_what_one_process_learns(on_two_ranks):
     """One image a rank, the second without an object, against both in one process; gradients differ by 1e-7 of the largest."""
     samples, batch = [sample(), sample((), ())], ImageBatch(images(2).tensor.double(), [(64, 96)] * 2)
     card = config(deformable=True)
@@ -431,11 +412,8 @@ def test_two_ranks_learn_what_one_process_learns(tmp_path):
     model = MODELS.build(card).double()                                                 # so that rounding does not choose other regions
     nn.init.normal_(model.rpn.classify.weight)
     nn.init.normal_(model.roi.classify.maps.weight)
+    ranks = on_two_ranks([model], batch, samples)
     sum(model(batch, samples, mode="loss").values()).backward()
-    batches = [(ImageBatch(batch.tensor[rank:rank + 1], batch.sizes[:1]), samples[rank:rank + 1]) for rank in range(2)]
-    torch.save({"card": card, "weights": model.state_dict(), "batches": batches}, tmp_path / "given.pt")
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank)]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    for rank in range(2):
-        for ours, value in zip(torch.load(tmp_path / f"{rank}.pt"), model.parameters(), strict=True):
-            torch.testing.assert_close(ours, value.grad, rtol=1e-4, atol=1e-5 * value.grad.abs().max().item())
+    for (gradients,) in ranks:
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(gradients[name], value.grad, rtol=1e-4, atol=1e-5 * value.grad.abs().max().item())
