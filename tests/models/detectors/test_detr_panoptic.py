@@ -284,19 +284,27 @@ def test_wrong_settings_are_refused(change, message):
         build(**change)
 
 
+def test_the_gain_of_the_maps_is_of_the_first_weights_for_them_only():
+    plain, gained = (build(maps_gain=gain).mask_head.convs[0].weight for gain in (1.0, 10.0))
+    channels = build().project.out_channels
+    assert torch.equal(gained[:, :channels], plain[:, :channels])
+    assert torch.equal(gained[:, channels:], 10 * plain[:, channels:])
+
+
 # -------------------------------------------------------------------------------------------------------------------- learning
 
 @pytest.mark.slow
 def test_it_learns_two_images_by_heart_first_boxes_then_masks():
-    """The paper's two stages. Measured: masks with an IoU of 0.97 to 0.99."""
-    model = build(num_queries=4, num_heads=2, channels=128, panoptic_threshold=0.3, score_threshold=0.3)
+    """The paper's two stages. Measured, for two initial states: masks with an IoU of 0.97 to 1.00."""
+    settings = {"num_queries": 4, "num_heads": 2, "channels": 128, "panoptic_threshold": 0.3, "score_threshold": 0.3, "maps_gain": 12.0}
+    model = build(**settings)
     truth = [sample(((8, 8, 40, 40), (50, 14, 90, 60)), (0, 1)), sample(((60, 4, 90, 40), (0, 24, 40, 64)), (1, 2))]
     picture = torch.zeros(2, 3, 64, 96)
     for image, target in zip(picture, truth, strict=True):
         for mask, label in zip(target.gt_instances.masks, target.gt_instances.labels, strict=True):
             image[label, mask] = 3.0
     batch = ImageBatch(picture, [(64, 96)] * 2)
-    stages = model, build(num_queries=4, num_heads=2, channels=128, panoptic_threshold=0.3, score_threshold=0.3, freeze_detr=True)
+    stages = model, build(**settings, freeze_detr=True)
     for stage, (iterations, lr) in zip(stages, ((70, 1e-3), (170, 3e-3)), strict=True):
         stage.load_state_dict(model.state_dict())
         optimizer = torch.optim.AdamW([parameter for parameter in stage.parameters() if parameter.requires_grad])

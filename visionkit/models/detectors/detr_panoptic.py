@@ -43,6 +43,8 @@ class DetrPanoptic(DETR):
         panoptic_threshold: a query is a segment if it is surer than this of its class.
         min_area: segments of as few pixels or fewer are dissolved.
         empty_label: the class that all of an image gets in which there is no segment, 1 in the authors' code; None leaves it void.
+        maps_gain: the mask head's first weights for the attention maps are this many times as large as its others. A map is a distribution
+            over M heads and h x w positions, small beside the features; from scratch, about M * h * w lets the masks of queries part early.
         query_chunk: queries whose masks are computed at a time; fewer take less memory, in training with `checkpointing`.
         backbone: images to feature maps, of which the mask head reads the last four.
         num_classes and the arguments after query_chunk: of `DETR`.
@@ -50,11 +52,11 @@ class DetrPanoptic(DETR):
 
     def __init__(self, backbone: dict | nn.Module, num_classes: int, num_things: int, freeze_detr: bool = False, mask_weight: float = 1.0,
                  dice_weight: float = 1.0, panoptic_threshold: float = 0.85, min_area: int = 4, empty_label: int | None = 1,
-                 query_chunk: int = 25, num_queries: int = 100, channels: int = 256, num_heads: int = 8, hidden_channels: int = 2048,
-                 encoder_layers: int = 6, decoder_layers: int = 6, dropout: float = 0.1, inner_dropout: float = 0.0,
-                 pre_norm: bool = False, position: str = "sine", auxiliary_losses: bool = True, matcher: dict | nn.Module | None = None,
-                 set_loss: dict | nn.Module | None = None, score_threshold: float = 0.0, checkpointing: bool = False,
-                 data_preprocessor: dict | nn.Module | None = None) -> None:
+                 maps_gain: float = 1.0, query_chunk: int = 25, num_queries: int = 100, channels: int = 256, num_heads: int = 8,
+                 hidden_channels: int = 2048, encoder_layers: int = 6, decoder_layers: int = 6, dropout: float = 0.1,
+                 inner_dropout: float = 0.0, pre_norm: bool = False, position: str = "sine", auxiliary_losses: bool = True,
+                 matcher: dict | nn.Module | None = None, set_loss: dict | nn.Module | None = None, score_threshold: float = 0.0,
+                 checkpointing: bool = False, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(backbone, num_classes, num_queries=num_queries, channels=channels, num_heads=num_heads, dropout=dropout,
                          hidden_channels=hidden_channels, encoder_layers=encoder_layers, decoder_layers=decoder_layers,
                          inner_dropout=inner_dropout, pre_norm=pre_norm, position=position, auxiliary_losses=auxiliary_losses,
@@ -79,7 +81,7 @@ class DetrPanoptic(DETR):
         if freeze_detr:
             self.requires_grad_(False)                       # what is built from here on is trained
         self.mask_attention = MaskAttention(channels, num_heads)
-        self.mask_head = MaskHead(channels, num_heads, self.backbone.out_channels[-2:-5:-1])
+        self.mask_head = MaskHead(channels, num_heads, self.backbone.out_channels[-2:-5:-1], maps_gain)
 
     def train(self, mode: bool = True) -> DetrPanoptic:
         super().train(mode)
@@ -201,9 +203,10 @@ class MaskHead(nn.Module):
         channels: D.
         num_heads: M.
         finer_channels: of three stages, each twice as fine as the one before.
+        maps_gain: the first weights for the maps are this many times as large as the others.
     """
 
-    def __init__(self, channels: int, num_heads: int, finer_channels: Sequence[int]) -> None:
+    def __init__(self, channels: int, num_heads: int, finer_channels: Sequence[int], maps_gain: float = 1.0) -> None:
         super().__init__()
         wide = channels + num_heads
         widths = (wide, wide, *(channels // 2 ** halved for halved in (1, 2, 3, 4)))            # 264 264 128 64 32 16
@@ -214,6 +217,8 @@ class MaskHead(nn.Module):
         for conv in (*self.convs, *self.adapters, self.output):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             nn.init.zeros_(conv.bias)
+        with torch.no_grad():
+            self.convs[0].weight[:, channels:].mul_(maps_gain)
 
     def forward(self, maps: Tensor, features: Tensor, *finer: Tensor) -> Tensor:
         """Mask logits of the queries of one image.
