@@ -8,7 +8,6 @@ from torch import nn
 
 from visionkit.engine import load_config
 from visionkit.models.detectors.detr import valid_positions
-from visionkit.ops import box_iou
 from visionkit.registry import MODELS, SCOPE, ConfigError
 from visionkit.structures import ImageBatch, InstanceData, Sample
 from visionkit.testing import check_model
@@ -136,29 +135,9 @@ def test_every_query_answers_and_nothing_is_suppressed():
     assert model.predict(images(1), [sample()])[0].pred_instances.labels.tolist() == [0, 2, 2, 1]
 
 
-def test_it_learns_two_images_by_heart():
+def test_it_learns_two_images_by_heart(learn_by_heart):
     model = build(num_queries=5, backbone=config()["backbone"] | {"out_stages": (3,)})
-    picture = torch.zeros(2, 3, 64, 96)
-    truth = [sample(((8.0, 8, 40, 40),), (0,)), sample(((60.0, 20, 90, 60),), (2,))]
-    for image, target in zip(picture, truth, strict=True):
-        x1, y1, x2, y2 = target.gt_instances.bboxes[0].int().tolist()
-        image[target.gt_instances.labels[0], y1:y2, x1:x2] = 3.0
-    batch = ImageBatch(picture, [(64, 96)] * 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for iteration in range(120):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - iteration / 120)
-        loss = sum(model(batch, truth, mode="loss").values())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    model.eval()
-    with torch.inference_mode():
-        for result in model(batch, truth, mode="predict"):
-            best = result.pred_instances[0]
-            assert best.labels.tolist() == result.gt_instances.labels.tolist()
-            assert best.scores.item() > 0.5
-            assert box_iou(best.bboxes / 2, result.gt_instances.bboxes).item() > 0.75
+    learn_by_heart(model, [sample(((8.0, 8, 40, 40),), (0,)), sample(((60.0, 20, 90, 60),), (2,))], iterations=120, lr=1e-3)
 
 
 @pytest.mark.parametrize("name, last_map", [("detr_r50_coco", 2), ("detr_r50_dc5_coco", 4)])

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from visionkit.models.heads.roi_head import Examples, RoIHead
-from visionkit.ops import box_iou
 from visionkit.registry import HEADS, MODELS, NECKS, ConfigError
 from visionkit.structures import ImageBatch, InstanceData, Sample
 from visionkit.testing import check_model
@@ -76,31 +75,12 @@ def test_predictions_are_in_original_pixels_within_the_image_and_sorted():
     assert torch.equal(predicted.scores, predicted.scores.sort(descending=True).values)
 
 
-def test_it_learns_two_images_by_heart():
+def test_it_learns_two_images_by_heart(learn_by_heart):
     torch.manual_seed(0)
     model = MODELS.build(config(
         backbone={"type": "ResNet", "depth": 18, "norm": "GN", "out_stages": (2, 3, 4), "zero_init_residual": False},
         neck={"type": "FPN", "out_channels": 32}, roi=config()["roi"] | {"hidden_channels": (128,)}))
-    picture = torch.zeros(2, 3, 64, 96)
-    truth = [sample(((8.0, 8, 40, 40),), (0,)), sample(((60.0, 20, 90, 60),), (2,))]
-    for image, target in zip(picture, truth, strict=True):
-        x1, y1, x2, y2 = target.gt_instances.bboxes[0].int().tolist()
-        image[target.gt_instances.labels[0], y1:y2, x1:x2] = 3.0
-    batch = ImageBatch(picture, [(64, 96)] * 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for iteration in range(100):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - iteration / 100)
-        loss = sum(model(batch, truth, mode="loss").values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.eval()
-    with torch.inference_mode():
-        for result in model(batch, truth, mode="predict"):
-            best = result.pred_instances[0]
-            assert best.labels.tolist() == result.gt_instances.labels.tolist()
-            assert best.scores.item() > 0.5
-            assert box_iou(best.bboxes / 2, result.gt_instances.bboxes).item() > 0.75
+    learn_by_heart(model, [sample(((8.0, 8, 40, 40),), (0,)), sample(((60.0, 20, 90, 60),), (2,))], iterations=100, lr=1e-3)
 
 
 def test_a_part_that_cannot_be_built_is_named_by_its_place():

@@ -100,31 +100,12 @@ def test_both_stages_work_on_one_map_where_there_is_one():
 
 
 @pytest.mark.parametrize("deformable", [False, True], ids=["R-FCN", "Deformable R-FCN"])
-def test_it_learns_two_images_by_heart(deformable):
+def test_it_learns_two_images_by_heart(learn_by_heart, deformable):
     torch.manual_seed(0)
     small = {"out_stages": (2,), "strides": (1, 2, 2, 2), "dilations": (1, 1, 1, 1), "zero_init_residual": False}
     card = config(small, hidden_channels=64, hidden_std=None, deformable=deformable)
     model = MODELS.build(card | {"rpn": card["rpn"] | {"anchor_scales": (8,), "post_nms": (30, 30)}})
-    picture = torch.zeros(2, 3, 64, 96)
-    truth = [sample(TRUTH[:1], (0,)), sample(TRUTH[1:], (2,))]
-    for image, target in zip(picture, truth, strict=True):
-        x1, y1, x2, y2 = target.gt_instances.bboxes[0].int().tolist()
-        image[target.gt_instances.labels[0], y1:y2, x1:x2] = 3.0
-    batch = ImageBatch(picture, [(64, 96)] * 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for iteration in range(80):
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - iteration / 80)
-        loss = sum(model(batch, truth, mode="loss").values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.eval()
-    with torch.inference_mode():
-        for result in model(batch, truth, mode="predict"):
-            best = result.pred_instances[0]
-            assert best.labels.tolist() == result.gt_instances.labels.tolist()
-            assert best.scores.item() > 0.5
-            assert box_iou(best.bboxes / 2, result.gt_instances.bboxes).item() > 0.7
+    learn_by_heart(model, [sample(TRUTH[:1], (0,)), sample(TRUTH[1:], (2,))], iterations=80, lr=3e-3, iou=0.7)
 
 
 def test_deformable_convolutions_start_as_plain_ones():
