@@ -1,6 +1,7 @@
 """The assignment that makes detection a set prediction: one query an object, at the least total cost."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,7 +58,7 @@ class HungarianMatcher(nn.Module):
             the matched queries of each image, ascending, and the object of each; of more objects than queries some stay without.
 
         Raises:
-            ValueError: the costs of an image are NaN or infinite.
+            ValueError: the costs of an image are NaN or infinite, or an object is of a class that there is no logit for.
         """
         counts = [len(target.labels) for target in targets]
         if not any(counts):
@@ -67,7 +68,7 @@ class HungarianMatcher(nn.Module):
         costs = self._costs(logits.float(), boxes.float(), torch.from_numpy(image).to(logits.device), targets).cpu().numpy()
         finite = np.isfinite(costs).all(1)
         if not finite.all():
-            raise ValueError(_not_finite(int(image[finite.argmin()]), logits, boxes, targets))
+            raise ValueError(_no_match(int(image[finite.argmin()]), logits, boxes, targets, self._num_classes(logits)))
         pairs, first = [], 0
         for count in counts:
             objects, queries = linear_sum_assignment(costs[first:first + count])
@@ -79,9 +80,11 @@ class HungarianMatcher(nn.Module):
 
     @torch.inference_mode()
     def _costs(self, logits: Tensor, boxes: Tensor, image: Tensor, targets: Sequence[SetTarget]) -> Tensor:
-        """[N, Q]: eq. 1 of each object and each query of its image."""
-        labels = torch.cat([target.labels for target in targets])
-        objects = torch.cat([target.boxes for target in targets]).float().t()[..., None]                # [4, N, 1]
+        """[N, Q]: eq. 1 of each object and each query of its image; NaN where the object's class is none of the logits'."""
+        given = torch.cat([target.labels for target in targets])
+        labels = given.clamp(0, self._num_classes(logits) - 1)
+        objects = torch.cat([target.boxes for target in targets]).float()
+        objects = objects.masked_fill((labels != given)[:, None], math.nan).t()[..., None]              # [4, N, 1]
         boxes = boxes.permute(2, 0, 1).contiguous()                                                     # [4, B, Q]: read in one sweep each
         scores = (logits.softmax(-1) if self.classification == "softmax" else logits).transpose(1, 2)   # [B, C, Q]
         costs = []
@@ -94,6 +97,9 @@ class HungarianMatcher(nn.Module):
             class_cost = -score if self.classification == "softmax" else _focal_cost(score)
             costs.append(class_cost.mul_(self.class_cost).add_(distance.sum(0), alpha=self.box_cost).sub_(giou, alpha=self.giou_cost))
         return torch.cat(costs)
+
+    def _num_classes(self, logits: Tensor) -> int:
+        return logits.shape[2] - 1 if self.classification == "softmax" else logits.shape[2]
 
 
 def _generalized_iou(size: Tensor, other: Tensor, distance: Tensor) -> Tensor:
@@ -117,7 +123,11 @@ def _focal_cost(logits: Tensor) -> Tensor:
     return _ALPHA * (1 - p) ** _GAMMA * F.softplus(-logits) - (1 - _ALPHA) * p ** _GAMMA * F.softplus(logits)
 
 
-def _not_finite(index: int, logits: Tensor, boxes: Tensor, targets: Sequence[SetTarget]) -> str:
+def _no_match(index: int, logits: Tensor, boxes: Tensor, targets: Sequence[SetTarget], num_classes: int) -> str:
+    unknown = sorted({label for label in targets[index].labels.tolist() if not 0 <= label < num_classes})
+    if unknown:
+        return (f"image {index} of the batch has objects of class {', '.join(map(str, unknown))}, and the model knows the classes 0 to "
+                f"{num_classes - 1}; make its num_classes that of the data set")
     parts = {"its class logits": logits[index], "its predicted boxes": boxes[index], "the boxes of its objects": targets[index].boxes}
     culprits = [name for name, value in parts.items() if not value.isfinite().all()]
     return (f"image {index} of the batch cannot be matched, its costs are NaN or infinite: so are {' and '.join(culprits)}. If training "
