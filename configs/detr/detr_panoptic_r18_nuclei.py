@@ -25,7 +25,6 @@ model = dict(
     dropout=0.0,
     dice_weight=5.0,                                                       # small masks would long stay empty
     panoptic_threshold=0.5,
-    empty_label=None,                                                      # 1 would be background: a PQ for nothing
 )
 train_dataloader = dict(batch_size=2)                                      # twice the steps for the same images
 train_cfg = dict(type="EpochLoop", max_epochs=30, val_interval=10)

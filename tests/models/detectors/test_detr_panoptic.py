@@ -1,4 +1,3 @@
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,10 +208,11 @@ def test_a_high_threshold_keeps_instances_masks_and_segments_in_step():
         assert [segment.label for segment in found.pred_panoptic.segments] == [2]
         model.classify.bias.data[3] = 4.0                                                    # no-object is in the softmax: 0.72 is left
         (found,) = model(images((64, 96)), [sample()], mode="predict")
-        assert [(segment.label, segment.area) for segment in found.pred_panoptic.segments] == [(1, 128 * 192)]      # nothing: the dummy
-        model.empty_label = None
+        assert found.pred_panoptic.segments == ()                                            # all void, if nothing else is asked for
+        assert found.pred_panoptic.ids.shape == (128, 192)
+        model.empty_label = 1
         (found,) = model(images((64, 96)), [sample()], mode="predict")
-        assert found.pred_panoptic.segments == ()
+        assert [(segment.label, segment.area) for segment in found.pred_panoptic.segments] == [(1, 128 * 192)]
 
 
 def toy(second_sky, thing):
@@ -278,6 +278,8 @@ def test_nothing_is_one_segment_of_a_chosen_class_or_void():
 
 @pytest.mark.parametrize("change, message", [
     ({"num_things": 4}, "0 to num_classes=3; got 4"), ({"empty_label": 3}, "one of 3 labels or None, got 3"),
+    ({"query_chunk": 0}, "query_chunk is at least 1 and min_area not negative, got 0 and 4"),
+    ({"min_area": -1}, "got 25 and -1"), ({"channels": 12}, "a sixteenth of the transformer's channels, which are 12; give it 16 or more"),
     ({"backbone": {"type": "ResNet", "depth": 18, "out_stages": (4, 5)}}, r"backbone: .*out_stages=\(2, 3, 4, 5\)")])
 def test_wrong_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

@@ -42,7 +42,8 @@ class DetrPanoptic(DETR):
         dice_weight: of their Dice loss.
         panoptic_threshold: a query is a segment if it is surer than this of its class.
         min_area: segments of as few pixels or fewer are dissolved.
-        empty_label: the class that all of an image gets in which there is no segment, 1 in the authors' code; None leaves it void.
+        empty_label: the class that all of an image gets in which there is no segment. By default it stays void: the paper says nothing of
+            it, and in the authors' code the class 1 (a category number: person) that stands for it never reaches the result.
         maps_gain: the mask head's first weights for the attention maps are this many times as large as its others. A map is a distribution
             over M heads and h x w positions, small beside the features; from scratch, about M * h * w lets the masks of queries part early.
         query_chunk: queries whose masks are computed at a time; fewer take less memory, in training with `checkpointing`.
@@ -51,7 +52,7 @@ class DetrPanoptic(DETR):
     """
 
     def __init__(self, backbone: dict | nn.Module, num_classes: int, num_things: int, freeze_detr: bool = False, mask_weight: float = 1.0,
-                 dice_weight: float = 1.0, panoptic_threshold: float = 0.85, min_area: int = 4, empty_label: int | None = 1,
+                 dice_weight: float = 1.0, panoptic_threshold: float = 0.85, min_area: int = 4, empty_label: int | None = None,
                  maps_gain: float = 1.0, query_chunk: int = 25, num_queries: int = 100, channels: int = 256, num_heads: int = 8,
                  hidden_channels: int = 2048, encoder_layers: int = 6, decoder_layers: int = 6, dropout: float = 0.1,
                  inner_dropout: float = 0.0, pre_norm: bool = False, position: str = "sine", auxiliary_losses: bool = True,
@@ -66,6 +67,8 @@ class DetrPanoptic(DETR):
             raise ValueError(f"num_things counts the classes that are things, 0 to num_classes={num_classes}; got {num_things}")
         if empty_label is not None and not 0 <= empty_label < num_classes:
             raise ValueError(f"empty_label is one of {num_classes} labels or None, got {empty_label}")
+        if query_chunk < 1 or min_area < 0:
+            raise ValueError(f"query_chunk is at least 1 and min_area not negative, got {query_chunk} and {min_area}")
         if len(self.backbone.out_channels) < 4:
             raise ConfigError(f"the mask head reads four stages of the backbone, which gives {len(self.backbone.out_channels)}; set "
                               f"out_stages=(2, 3, 4, 5)", ("backbone",))
@@ -208,6 +211,8 @@ class MaskHead(nn.Module):
 
     def __init__(self, channels: int, num_heads: int, finer_channels: Sequence[int], maps_gain: float = 1.0) -> None:
         super().__init__()
+        if channels < 16:
+            raise ValueError(f"the mask head ends with a sixteenth of the transformer's channels, which are {channels}; give it 16 or more")
         wide = channels + num_heads
         widths = (wide, wide, *(channels // 2 ** halved for halved in (1, 2, 3, 4)))            # 264 264 128 64 32 16
         self.convs = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in zip(widths, widths[1:], strict=False))
