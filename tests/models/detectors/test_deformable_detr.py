@@ -309,7 +309,9 @@ def test_a_pixel_that_looks_straight_down_sees_itself_on_its_level():
 def test_it_says_what_it_cannot_build():
     with pytest.raises(ConfigError, match="set with_box_refine=True too"):
         build(two_stage=True)
-    with pytest.raises(ConfigError, match="num_classes and num_queries must be positive, got 0 and 12"):
+    with pytest.raises(ConfigError, match="must be positive, got 0, 12 and 2"):
         build(num_classes=0)
+    with pytest.raises(ConfigError, match="num_classes, num_queries and decoder_layers must be positive, got 3, 12 and 0"):
+        build(decoder_layers=0)
     with pytest.raises(ConfigError, match="32 channels"):
         build(num_heads=5)

@@ -182,7 +182,9 @@ def test_two_ranks_learn_the_same_with_all_objects_on_one_of_them(on_two_ranks):
 def test_wrong_settings_are_refused():
     with pytest.raises(ConfigError, match="position must be 'sine' or 'learned', got 'cosine'"):
         build(position="cosine")
-    with pytest.raises(ConfigError, match="must be positive, got 0 and 8"):
+    with pytest.raises(ConfigError, match="must be positive, got 0, 8 and 2"):
         build(num_classes=0)
+    with pytest.raises(ConfigError, match="num_classes, num_queries and decoder_layers must be positive, got 3, 8 and 0"):
+        build(decoder_layers=0)
     with pytest.raises(ConfigError, match=r"^matcher.type: no target named 'HungarianMatch'. Did you mean 'HungarianMatcher'\?"):
         build(matcher={"type": "HungarianMatch"})

@@ -74,8 +74,9 @@ class DeformableDETR(Model):
                  set_loss: dict | nn.Module | None = None, max_per_image: int = 100, score_threshold: float = 0.0,
                  checkpointing: bool = False, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(data_preprocessor)
-        if num_classes < 1 or num_queries < 1:
-            raise ValueError(f"num_classes and num_queries must be positive, got {num_classes} and {num_queries}")
+        if min(num_classes, num_queries, decoder_layers) < 1:
+            raise ValueError(f"num_classes, num_queries and decoder_layers must be positive, got {num_classes}, {num_queries} and "
+                             f"{decoder_layers}")
         if two_stage and not with_box_refine:
             raise ValueError("two_stage refines the boxes of its first stage: set with_box_refine=True too")
         self.backbone = BACKBONES.make(backbone, at="backbone")

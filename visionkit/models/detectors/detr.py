@@ -64,8 +64,9 @@ class DETR(Model):
                  matcher: dict | nn.Module | None = None, set_loss: dict | nn.Module | None = None, score_threshold: float = 0.0,
                  checkpointing: bool = False, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(data_preprocessor)
-        if num_classes < 1 or num_queries < 1:
-            raise ValueError(f"num_classes and num_queries must be positive, got {num_classes} and {num_queries}")
+        if min(num_classes, num_queries, decoder_layers) < 1:
+            raise ValueError(f"num_classes, num_queries and decoder_layers must be positive, got {num_classes}, {num_queries} and "
+                             f"{decoder_layers}")
         if position not in ("sine", "learned"):
             raise ValueError(f"position must be 'sine' or 'learned', got {position!r}")
         self.num_classes = num_classes
