@@ -1,21 +1,12 @@
 """Faster R-CNN (Ren et al. 2015, arXiv:1506.01497), with or without a feature pyramid (Lin et al. 2017, arXiv:1612.03144)."""
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor, nn
 
 from visionkit.models.base import Model
-from visionkit.models.heads.rpn import Objectness
+from visionkit.models.heads.rpn import FirstStage
 from visionkit.registry import BACKBONES, HEADS, MODELS, NECKS
 from visionkit.structures import ImageBatch, Sample
-
-
-class FirstStage(NamedTuple):
-    """What the second stage works on."""
-    features: tuple[Tensor, ...]    # [B, C_l, h_l, w_l] a pyramid level, or a stage of the backbone
-    objectness: Objectness
-    proposals: list[Tensor]         # [P, 4] an image, best first, image pixels
 
 
 @MODELS.register_module()

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from visionkit.models.base import Model
 from visionkit.models.heads.roi_head import Examples, RoIHead
-from visionkit.models.heads.rpn import Objectness
+from visionkit.models.heads.rpn import FirstStage
 from visionkit.models.losses import mean_over_ranks
 from visionkit.models.targets import AllSampler
 from visionkit.ops import boxes_to_rois, deform_ps_roi_pool, ps_roi_pool
@@ -21,13 +20,6 @@ from visionkit.structures import ImageBatch, Sample
 Maps = Tensor | tuple[Tensor, Tensor]       # of scores, or of scores and of offsets
 
 # B images, R RoIs of all images, C classes without background, k x k bins a RoI
-
-
-class RegionProposals(NamedTuple):
-    """What the second stage works on."""
-    features: tuple[Tensor, ...]    # [B, C_l, h_l, w_l] a stage of the backbone
-    objectness: Objectness
-    proposals: list[Tensor]         # [P, 4] an image, best first, image pixels
 
 
 @MODELS.register_module()
@@ -51,10 +43,10 @@ class RFCN(Model):
         self.rpn = HEADS.make(rpn, at="rpn", in_channels=channels[:1], strides=strides[:1])
         self.roi = HEADS.make(roi, at="roi", in_channels=channels[-1:], strides=strides[-1:])
 
-    def forward(self, images: ImageBatch) -> RegionProposals:
+    def forward(self, images: ImageBatch) -> FirstStage:
         features = self.backbone(images.tensor)
         objectness = self.rpn(features[:1])
-        return RegionProposals(features, objectness, self.rpn.propose(objectness, images.sizes))
+        return FirstStage(features, objectness, self.rpn.propose(objectness, images.sizes))
 
     def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:
         features, objectness, proposals = self(images)

@@ -24,6 +24,13 @@ class Objectness(NamedTuple):
     anchors: list[Tensor]       # [N_l, 4] image pixels
 
 
+class FirstStage(NamedTuple):
+    """What a second stage works on."""
+    features: tuple[Tensor, ...]    # [B, C_l, h_l, w_l] a pyramid level, or a stage of the backbone
+    objectness: Objectness
+    proposals: list[Tensor]         # [P, 4] an image, best first, image pixels
+
+
 @HEADS.register_module()
 class RPN(nn.Module):
     """A 3x3 convolution, then for each anchor a score and a box.
@@ -40,19 +47,24 @@ class RPN(nn.Module):
         pre_nms: proposals a level kept before that, in training and in testing.
         post_nms: proposals an image kept after it, in training and in testing.
         smooth_l1_beta: where the box loss goes over from a parabola to L1, 1/9 in the paper's code; 0: L1 everywhere.
+        cross_boundary: whether anchors that reach beyond the image are learned from, as with a pyramid (FPN, arXiv:1612.03144, sec. 5.1);
+            the paper leaves them out (sec. 3.3).
     """
 
     def __init__(self, in_channels: Sequence[int], strides: Sequence[int], hidden_channels: int | None = None,
                  anchor_scales: Sequence[float] = (8.0,), anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
                  matcher: dict | nn.Module | None = None, sampler: dict | nn.Module | None = None, nms_iou: float = 0.7,
                  pre_nms: tuple[int, int] = (2000, 1000), post_nms: tuple[int, int] = (1000, 1000),
-                 smooth_l1_beta: float = 0.0) -> None:
+                 smooth_l1_beta: float = 0.0, cross_boundary: bool = True) -> None:
         super().__init__()
         if len(set(in_channels)) != 1:
             raise ValueError(f"an RPN is shared by all levels and needs the same channels on each, got {tuple(in_channels)}; "
                              f"put a neck before it")
         if smooth_l1_beta < 0:
             raise ValueError(f"smooth_l1_beta must be 0 (L1) or positive, got {smooth_l1_beta}")
+        for name, counts in (("pre_nms", pre_nms), ("post_nms", post_nms)):
+            if not isinstance(counts, Sequence) or len(counts) != 2 or min(counts) < 1:
+                raise ValueError(f"{name} is how many proposals to keep in training and in testing, such as (2000, 1000), got {counts}")
         hidden_channels = hidden_channels or in_channels[0]
         self.anchors = AnchorGrid(strides, anchor_scales, anchor_ratios)
         self.coder = BoxCoder()
@@ -62,6 +74,7 @@ class RPN(nn.Module):
         self.pre_nms = tuple(pre_nms)
         self.post_nms = tuple(post_nms)
         self.smooth_l1_beta = smooth_l1_beta
+        self.cross_boundary = cross_boundary
         self.conv = nn.Conv2d(in_channels[0], hidden_channels, 3, padding=1)
         self.classify = nn.Conv2d(hidden_channels, self.anchors.per_position, 1)
         self.regress = nn.Conv2d(hidden_channels, self.anchors.per_position * 4, 1)
@@ -90,8 +103,7 @@ class RPN(nn.Module):
         chosen, positive, targets = [], [], []
         for index, sample in enumerate(samples):
             objects = sample.gt_instances.bboxes
-            matched = self.matcher(anchors, objects, sample.ignored_instances.bboxes)
-            matched[(matched == NEGATIVE) & self._on_padding(anchors, *sample.img_shape)] = IGNORED
+            matched = self._match(anchors, sample)
             positives, negatives = self.sampler(matched)
             targets.append(self.coder.encode(anchors[positives], objects[matched[positives]]))
             positive.append(torch.arange(len(positives) + len(negatives), device=anchors.device) < len(positives))
@@ -104,11 +116,19 @@ class RPN(nn.Module):
             "loss_rpn_box": F.smooth_l1_loss(deltas[positive], targets, reduction="sum", beta=self.smooth_l1_beta) / normaliser,
         }
 
-    @staticmethod
-    def _on_padding(anchors: Tensor, height: int, width: int) -> Tensor:
-        """[N] bool: the anchor's centre lies beyond the image, where a batch of images of different sizes is padded."""
-        x, y = ((anchors[:, :2] + anchors[:, 2:]) / 2).unbind(1)
-        return (x >= width) | (y >= height)
+    def _match(self, anchors: Tensor, sample: Sample) -> Tensor:
+        """[N] the object of each anchor, or NEGATIVE, or IGNORED."""
+        objects, crowds = sample.gt_instances.bboxes, sample.ignored_instances.bboxes
+        size = anchors.new_tensor(sample.img_shape).flip(0)
+        if self.cross_boundary:
+            matched = self.matcher(anchors, objects, crowds)
+            on_padding = ((anchors[:, :2] + anchors[:, 2:]) / 2 >= size).any(1)             # of the batch: the image ends before
+            matched[(matched == NEGATIVE) & on_padding] = IGNORED
+            return matched
+        within = ((anchors[:, :2] >= 0) & (anchors[:, 2:] <= size)).all(1)
+        matched = torch.full_like(within, IGNORED, dtype=torch.int64)
+        matched[within] = self.matcher(anchors[within], objects, crowds)                    # an object keeps the best of these
+        return matched
 
     def _at(self, features: Sequence[Tensor], chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [S] and boxes [S, 4] of the anchors `chosen` [S] of a batch, counted image by image, level by level, as `forward` does."""
@@ -128,10 +148,10 @@ class RPN(nn.Module):
         start = first_of_level[level] * len(features[0]) + image * height * width
         reads = (start[:, None, None] + rows * width[:, None, None] + columns).where(inside, 0)
         table = torch.cat([feature.permute(0, 2, 3, 1).flatten(0, 2) for feature in features])                 # [pixels, C]
-        windows = table.index_select(0, reads.flatten()).view(*reads.shape, -1) * inside[..., None]            # [S, 3, 3, C]
+        windows = table.index_select(0, reads.flatten()).unflatten(0, reads.shape) * inside[..., None]         # [S, 3, 3, C]
         hidden = F.relu(F.linear(windows.flatten(1), self.conv.weight.permute(0, 2, 3, 1).flatten(1), self.conv.bias))
         logits = F.linear(hidden, self.classify.weight.flatten(1), self.classify.bias)                         # [S, A]
-        deltas = F.linear(hidden, self.regress.weight.flatten(1), self.regress.bias).view(len(chosen), -1, 4)
+        deltas = F.linear(hidden, self.regress.weight.flatten(1), self.regress.bias).unflatten(1, (-1, 4))     # [S, A, 4]
         each = torch.arange(len(chosen), device=chosen.device)
         return logits[each, shape].float(), deltas[each, shape].float()
 
