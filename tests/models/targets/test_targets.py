@@ -103,10 +103,11 @@ def test_sampling_is_random_unless_told_otherwise():
 
 @pytest.mark.parametrize("build, message", [
     (lambda: IoUMatcher(0.3, 0.7), "negative=0.7, positive=0.3"),
+    (lambda: IoUMatcher(rescue_from=0), "no box overlaps would take every box"),
     (lambda: BalancedSampler(0, 0.5), "num >= 1"),
     (lambda: BoxCoder((1, 1, 1)), "stds must be four positive numbers"),
     (lambda: AnchorGrid((4,), scales=()), "not empty"),
-], ids=["matcher", "sampler", "coder", "anchors"])
+], ids=["matcher", "rescue", "sampler", "coder", "anchors"])
 def test_wrong_settings_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()

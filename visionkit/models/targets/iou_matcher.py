@@ -32,6 +32,9 @@ class IoUMatcher(nn.Module):
         if not 0 <= background_from <= negative <= positive <= 1:
             raise ValueError(f"matching needs 0 <= background_from <= negative <= positive <= 1, got {background_from=}, {negative=}, "
                              f"{positive=}")
+        if rescue_from is not None and not 0 < rescue_from <= 1:
+            raise ValueError(f"rescue_from must lie in (0, 1], got {rescue_from}: at 0 an object that no box overlaps would take "
+                             f"every box; 0.01 lets each object have its best")
         self.positive = positive
         self.negative = negative
         self.rescue_from = rescue_from
