@@ -26,6 +26,7 @@ model = dict(
         pre_nms=(6000, 6000),
         post_nms=(300, 300),
         smooth_l1_beta=0.1111,                                             # sigma 3
+        cross_boundary=False,
     ),
     roi=dict(type="PositionSensitiveHead", num_classes=20, score_threshold=0.001, max_per_image=400),
 )

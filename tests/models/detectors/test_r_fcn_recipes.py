@@ -81,6 +81,33 @@ def test_the_new_convolution_learns_three_times_as_fast(card):
         assert multiples["roi.classify.offset.weight"] == 1
 
 
+@pytest.mark.parametrize("card", CARDS)
+def test_anchors_that_cross_the_border_are_left_out(card):
+    """Sec. 3.3 of Faster R-CNN; with a pyramid they are not."""
+    model, _ = build(card)
+    assert not model.rpn.cross_boundary
+    assert build("faster_rcnn/faster_rcnn_r50_fpn_coco")[0].rpn.cross_boundary
+
+
+def test_faster_r_cnn_learns_background_from_near_objects():
+    """Spec of the plain recipe: 128 regions, a quarter positive at most, background from IoU 0.1 to 0.5."""
+    roi = build("faster_rcnn/deformable_faster_rcnn_r101_coco")[0].roi
+    assert (roi.matcher.positive, roi.matcher.negative, roi.matcher.background_from) == (0.5, 0.5, 0.1)
+    assert (roi.sampler.num, roi.sampler.positive_fraction) == (128, 0.25)
+
+
+@pytest.mark.parametrize("card, images", [("r_fcn/r_fcn_r101_coco", 8), ("faster_rcnn/deformable_faster_rcnn_r101_coco", 4)])
+def test_the_schedule_is_the_releases(card, images):
+    """8 epochs over each image and its mirror image, the rate falling after 5.333. Gradients there are sums over a batch, of 8 images or
+    of 4, at a rate of 5e-4 with a decay of 5e-4; here they are means over 8."""
+    config = load_config(CONFIGS / f"{card}.py")
+    settings, iterations = config.optim_wrapper.optimizer, config.train_cfg.max_epochs * 14659
+    assert config.train_cfg.max_epochs == 2 * 8
+    assert config.param_scheduler[1].milestones[0] / iterations == pytest.approx(5.333 / 8, abs=1e-4)
+    assert settings.lr / 8 == pytest.approx(5e-4)
+    assert settings.lr * settings.weight_decay * images / 8 == pytest.approx(5e-4 * 5e-4)
+
+
 def test_only_the_fully_connected_offsets_learn_at_a_hundredth():
     multiples = rates("faster_rcnn/deformable_faster_rcnn_r101_coco")
     slow = {name for name, rate in multiples.items() if rate == pytest.approx(0.01)}
