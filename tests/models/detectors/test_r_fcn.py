@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from visionkit.models.detectors.r_fcn import PositionSensitiveHead
-from visionkit.ops import box_iou
+from visionkit.ops import box_iou, boxes_to_rois, deform_ps_roi_pool
 from visionkit.registry import MODELS, ConfigError
 from visionkit.structures import ImageBatch, InstanceData, Sample
 from visionkit.testing import check_model
@@ -49,9 +49,10 @@ def some_boxes(count: int, size=(64, 96), seed: int = 0) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------------------------- the whole model
 
-def test_deformable_r_fcn_keeps_the_model_contract():
+@pytest.mark.parametrize("card", [config(), config(DCN, deformable=True)], ids=["R-FCN", "Deformable R-FCN"])
+def test_r_fcn_keeps_the_model_contract(card):
     torch.manual_seed(0)
-    check_model(MODELS.build(config(DCN, deformable=True)), num_classes=3)
+    check_model(MODELS.build(card), num_classes=3)
 
 
 def test_the_loss_starts_where_an_undecided_detector_is():
@@ -181,6 +182,15 @@ def test_constant_maps_of_a_class_give_that_constant(deformable):
     assert logits[:, 0].std() > 0.01
 
 
+def test_a_bin_that_covers_no_pixel_votes_zero():
+    """Spec: an empty bin is 0, and the vote is over all bins: of the nine, the three right of the map are empty."""
+    roi = head(strides=(16,))
+    class_maps, box_maps = torch.full((1, 36, 6, 8), 3.0), torch.full((1, 72, 6, 8), 3.0)
+    logits, deltas = roi.vote((class_maps, box_maps), [torch.tensor([[96.0, 16, 144, 64]])])     # columns 6 to 8; the map ends with 7
+    assert logits.tolist() == [pytest.approx([2.0] * 4)]
+    assert deltas.flatten().tolist() == pytest.approx([2.0] * 4)
+
+
 def test_bins_in_another_order_say_something_else():
     roi = head()
     class_maps, box_maps = torch.randn(1, 36, 16, 24), torch.zeros(1, 72, 16, 24)
@@ -215,6 +225,18 @@ def test_boxes_move_together_whatever_the_class():
     offsets[:, 0] = 1
     _, moved = roi.vote((class_maps, (ramp.expand(1, 72, 16, 24), offsets.view(1, 18, 16, 24))), box)
     torch.testing.assert_close(moved - still, torch.full((1, 1, 4), 0.8), rtol=0, atol=1e-5)
+
+
+def test_bins_that_may_move_start_in_place():
+    """Difference 0.0 from the same pooling without offsets."""
+    roi = head(deformable=True)
+    features, boxes = [torch.randn(2, 8, 16, 24)], [some_boxes(10), some_boxes(10, seed=1)]
+    maps = roi.score_maps(features)
+    rois = boxes_to_rois(boxes) - torch.tensor([0.0, 0, 0, 1, 1])                                 # the op counts the last pixel as inside
+    still = [deform_ps_roi_pool(scores, rois, None, 3, 1 / 4).mean((2, 3)) for scores, _ in maps]
+    logits, deltas = roi.vote(maps, boxes)
+    assert torch.equal(logits, still[0])
+    assert torch.equal(deltas[:, 0], still[1][:, 4:])
 
 
 def test_the_first_step_teaches_offsets():
