@@ -275,9 +275,11 @@ def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
-    grad_input, grad_offset, grad_mask, grad_weight = torch.ops.visionkit.deform_conv2d_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    grad_mask = None if ctx.saved_tensors[2] is None else grad_mask
-    return grad_input, grad_offset, grad_mask, grad_weight, grad.sum((0, 2, 3)) if ctx.has_bias else None, *[None] * 4
+    input, offset, mask, weight = ctx.saved_tensors                         # read once: checkpointing allows no more
+    grads = torch.ops.visionkit.deform_conv2d_backward(grad, input, offset, mask, weight, *ctx.settings)
+    grad_input, grad_offset, grad_mask, grad_weight = grads
+    return (grad_input, grad_offset, None if mask is None else grad_mask, grad_weight,
+            grad.sum((0, 2, 3)) if ctx.has_bias else None, *[None] * 4)
 
 
 _deform_conv2d.register_autograd(_backward, setup_context=_save_for_backward)
