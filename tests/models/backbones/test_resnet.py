@@ -111,7 +111,9 @@ def test_blocks_that_are_never_trained_do_not_start_as_the_identity():
     ({"depth": 18, "stage_with_dcn": (True,)}, "one value for each of stages 2 to 5"),
     ({"depth": 18, "stage_with_dcn": LAST}, "give both or neither; got dcn=None"),
     ({"depth": 18, "dcn": V1}, "give both or neither"),
+    ({"depth": 18, "dcn": V1, "stage_with_dcn": LAST, "out_stages": (3, 4)}, r"a stage beyond the last of out_stages=\(3, 4\)"),
     ({"depth": 18, "dcn": {"type": "DeformConv2dPak"}, "stage_with_dcn": LAST}, "^dcn.type: no op named 'DeformConv2dPak'"),
+    ({"depth": 18, "dcn": {"type": "DeformConv2d"}, "stage_with_dcn": LAST}, "take DeformConv2dPack, which computes its own"),
     ({"depth": 34, "stride_in_1x1": True}, "the blocks of depth 34 have no 1x1 convolution"),
 ])
 def test_wrong_settings_are_refused(arguments, message):
@@ -212,11 +214,12 @@ def test_the_stride_may_be_in_the_first_1x1_convolution_of_a_stage():
     assert [feature.shape for feature in caffe(images)] == [feature.shape for feature in ours(images)]
 
 
-@pytest.mark.parametrize("frozen_stages", [0, 3])
-def test_checkpointing_changes_neither_gradients_nor_statistics(frozen_stages):
+@pytest.mark.parametrize("options", [{}, {"frozen_stages": 3}, {"dcn": V1, "stage_with_dcn": LAST, "norm": "FrozenBN"},
+                                     {"dcn": V2, "stage_with_dcn": LAST}], ids=["all", "frozen", "DCNv1", "DCNv2"])
+def test_checkpointing_changes_neither_gradients_nor_statistics(options):
     torch.manual_seed(0)
-    kept = ResNet(18, frozen_stages=frozen_stages, zero_init_residual=False)
-    again = ResNet(18, frozen_stages=frozen_stages, checkpointing=True)
+    kept = ResNet(18, **options, zero_init_residual=False)
+    again = ResNet(18, **options, checkpointing=True)
     again.load_state_dict(kept.state_dict())
     images = torch.randn(2, 3, 64, 64)
     for resnet in (kept, again):

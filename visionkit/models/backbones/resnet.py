@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from visionkit.ops import DeformConv2dPack, ModulatedDeformConv2dPack
+from visionkit.ops import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
 from visionkit.ops.checkpointing import recompute
 from visionkit.registry import BACKBONES, OPS
 
@@ -77,8 +77,12 @@ class BlockStyle(NamedTuple):
         """The 3x3 convolution that may be deformable."""
         if self.dcn is None:
             return nn.Conv2d(channels, channels, 3, stride, dilation, dilation, bias=False)
-        return OPS.make(self.dcn, at="dcn", in_channels=channels, out_channels=channels, kernel_size=3, stride=stride,
+        conv = OPS.make(self.dcn, at="dcn", in_channels=channels, out_channels=channels, kernel_size=3, stride=stride,
                         padding=dilation, dilation=dilation, bias=False)
+        if isinstance(conv, DeformConv2d):
+            raise ValueError("a block gives its deformable convolution no offsets, which DeformConv2d wants; take DeformConv2dPack, which "
+                             "computes its own")
+        return conv
 
 
 class BasicBlock(nn.Module):
@@ -201,6 +205,9 @@ class ResNet(nn.Module):
         if (dcn is not None) != any(stage_with_dcn):
             raise ValueError(f"dcn says what the deformable convolution is and stage_with_dcn where it stands: give both or neither; got "
                              f"dcn={dcn} and stage_with_dcn={tuple(stage_with_dcn)}")
+        if any(stage_with_dcn[out_stages[-1] - 1:]):
+            raise ValueError(f"stage_with_dcn={tuple(stage_with_dcn)} names a stage beyond the last of out_stages={tuple(out_stages)}, "
+                             f"which is not built; clear it, or return that stage")
         if stride_in_1x1 and depth < 50:
             raise ValueError(f"stride_in_1x1 is for depths 50 and 101: the blocks of depth {depth} have no 1x1 convolution")
         block = BasicBlock if depth < 50 else Bottleneck
