@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -209,6 +211,21 @@ def test_results_are_written_in_coco_s_form(tmp_path):
     assert evaluate([(truth, back)])["panoptic/PQ"] == 1
 
 
+def test_images_whose_ids_are_words_have_a_file_each(tmp_path):
+    metric = PanopticQuality(outfile_prefix=str(tmp_path / "panoptic"))
+    metric.dataset_meta = {"classes": ("cat", "sky"), "isthing": (True, False)}
+    maps = [panoptic(["11"], {1: CAT}), panoptic(["22"], {2: SKY})]
+    for img_id, found in zip(("day/1", "day 1"), maps, strict=True):
+        sample = Sample(metainfo={"img_id": img_id, "panoptic": maps[0]})
+        sample.pred_panoptic = found
+        metric.process(None, [sample.to_dict()])
+    metric.evaluate(2)
+    written = json.loads((tmp_path / "panoptic.json").read_text())["annotations"]
+    assert [one["image_id"] for one in written] == ["day/1", "day 1"]
+    for one, found in zip(written, maps, strict=True):
+        assert np.array_equal(decode_png((tmp_path / "panoptic" / one["file_name"]).read_bytes()), found.ids)
+
+
 def test_an_image_that_comes_twice_counts_once():
     metric = METRICS.build({"type": "PanopticQuality"})
     metric.dataset_meta = {"classes": ("cat", "sky"), "isthing": (True, False)}
@@ -219,6 +236,45 @@ def test_an_image_that_comes_twice_counts_once():
         metric.process(None, [sample.to_dict()])
     assert metric.evaluate(4)["panoptic/PQ"] == pytest.approx(1 / 1.5)
     assert set(metric.reported) >= {"panoptic/PQ", "panoptic/RQ_st"}
+
+
+DISTRIBUTED = """
+import sys
+import numpy as np, torch.distributed as dist
+from visionkit.evaluation import PanopticQuality
+from visionkit.structures import PanopticMap, Sample, Segment
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + folder + "/store", rank=rank, world_size=2)
+metric = PanopticQuality(outfile_prefix=folder + "/panoptic")
+metric.dataset_meta = {"classes": ("cat", "sky"), "isthing": (True, False)}
+for i in (0, 2, 4) if rank == 0 else (1, 3, 0):              # five images: the second process is filled up with image 0
+    maps = []
+    for row in ([1] * 4 + [2] * 6, [1] * (4 - i) + [2] * (6 + i)):
+        ids = np.array([row], np.int32)
+        maps.append(PanopticMap(ids, tuple(Segment(id_, id_ - 1, id_ == 1, row.count(id_)) for id_ in (1, 2) if id_ in row)))
+    sample = Sample(metainfo={"img_id": i, "panoptic": maps[0]})
+    sample.pred_panoptic = maps[1]
+    metric.process(None, [sample.to_dict()])
+numbers = metric.evaluate(5)
+print("PQ", numbers["panoptic/PQ"], numbers["panoptic/PQ_th"])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_numbers_of_one_and_write_one_file(tmp_path):
+    commands = [[sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path)] for rank in range(2)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    # Of image i the cat has 4 - i of its 4 pixels, and the sky all its 6 and i more: cats are found in 0 and 1, missed in 2 to 4, of which
+    # 2 and 3 have a false one; skies are found in all but in no more than 6 / (6 + i).
+    cat = (4 / 4 + 3 / 4) / (2 + 2 / 2 + 3 / 2)
+    sky = sum(6 / (6 + i) for i in range(5)) / 5
+    for text in printed:
+        assert [float(number) for number in text.split("PQ ")[-1].split()[:2]] == pytest.approx([(cat + sky) / 2, cat])
+    content = json.loads((tmp_path / "panoptic.json").read_text())
+    assert sorted(one["image_id"] for one in content["annotations"]) == [0, 1, 2, 3, 4]
+    assert sorted(path.name for path in (tmp_path / "panoptic").iterdir()) == [f"{image:012d}.png" for image in range(5)]
 
 
 def test_what_is_missing_is_named():

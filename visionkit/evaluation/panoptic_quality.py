@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from mmengine.logging import print_log
@@ -93,7 +93,7 @@ class PanopticQuality(DetectionMetric):
                               f"{list(truth.ids.shape)}: both are in the image's original size")
         summary = {"img_id": img_id, "counts": compare(truth, found)}
         if self.outfile_prefix:
-            name = f"{img_id:012d}.png" if isinstance(img_id, int) else re.sub(r"[^\w.-]+", "_", str(img_id)) + ".png"
+            name = (f"{img_id:012d}" if isinstance(img_id, int) else quote(str(img_id), safe="")) + ".png"     # no two ids share one
             _write_whole(Path(self.outfile_prefix) / name, encode_png(found.ids))
             summary["annotation"] = {"image_id": img_id, "file_name": name, "segments_info": found.to_coco(self._category_ids())}
         return summary
