@@ -152,9 +152,8 @@ def test_what_an_image_is_padded_to_makes_no_difference(variant):
     generator = torch.Generator().manual_seed(3)
     alone = [torch.randn(1, 32, *size, generator=generator) for size in ((6, 10), (3, 5), (2, 3))]
     padded = [torch.randn(2, 32, *size, generator=generator) for size in ((10, 12), (5, 6), (3, 3))]
-    for level, (small, large) in enumerate(zip(alone, padded, strict=True)):
+    for small, large in zip(alone, padded, strict=True):
         large[:1, :, :small.shape[2], :small.shape[3]] = small
-        assert level < 3
     with torch.inference_mode():
         expected = model.transform(alone, ImageBatch(torch.zeros(1, 3, 48, 80), [(48, 80)])).layers[-1]
         found = model.transform(padded, ImageBatch(torch.zeros(2, 3, 80, 96), [(48, 80), (80, 96)])).layers[-1]

@@ -7,14 +7,16 @@ from visionkit.models.layers import LearnedPositionEncoding, SinePositionEncodin
 
 
 def test_the_sinusoid_in_closed_form():
+    """Spec 07, item 2. Measured: 6e-08 at positions 0 and 1, 2e-05 at 511, whose angle has no more digits in float32."""
     positions = torch.tensor([0, 1, 511])
     encoded = sinusoid(positions, 512)
     expected = [[trig(p / 10000 ** (2 * i / 512)) for i in range(256) for trig in (math.sin, math.cos)] for p in positions.tolist()]
-    torch.testing.assert_close(encoded, torch.tensor(expected), rtol=0, atol=1e-4)          # measured 3e-5, at position 511
+    torch.testing.assert_close(encoded, torch.tensor(expected), rtol=0, atol=1e-4)
     torch.testing.assert_close(encoded[:2], torch.tensor(expected)[:2], rtol=0, atol=1e-6)
 
 
 def test_a_step_further_is_a_rotation_of_each_pair_by_its_frequency():
+    """PE[p + k] = R_k PE[p]. Measured: 7e-07."""
     here, there = sinusoid(torch.tensor([7, 12]), 64).unflatten(-1, (-1, 2))
     angle = 5 / 10000 ** (torch.arange(0, 64, 2) / 64)
     rotated = torch.stack([here[:, 0] * angle.cos() + here[:, 1] * angle.sin(), here[:, 1] * angle.cos() - here[:, 0] * angle.sin()], -1)
@@ -23,6 +25,7 @@ def test_a_step_further_is_a_rotation_of_each_pair_by_its_frequency():
 
 @pytest.mark.parametrize("offset", [0.0, -0.5])
 def test_sines_of_an_image_by_hand(offset):
+    """Spec 11, item 5. Measured: 5e-07."""
     valid = torch.zeros(1, 4, 6, dtype=torch.bool)
     valid[:, :3, :5] = True
     encoded = SinePositionEncoding(8, offset=offset)(valid)
@@ -35,6 +38,7 @@ def test_sines_of_an_image_by_hand(offset):
 
 
 def test_sines_do_not_depend_on_the_padding_nor_on_the_other_images():
+    """Spec 11, item 5: exactly."""
     alone = SinePositionEncoding(16)(torch.ones(1, 3, 5, dtype=torch.bool))[0]
     valid = torch.zeros(2, 7, 9, dtype=torch.bool)
     valid[0, :3, :5] = True

@@ -133,6 +133,7 @@ def test_positions_go_to_queries_and_keys_of_every_layer_but_not_to_values():
 
 
 def test_without_positions_tokens_are_a_set():
+    """Measured: 1e-07 of the encoder, 2e-07 of the decoder."""
     model = transformer()
     source, order = tokens(2, 6), torch.tensor([3, 0, 5, 1, 4, 2])
     torch.testing.assert_close(model.encoder(source[:, order]), model.encoder(source)[:, order], rtol=0, atol=1e-5)
@@ -143,7 +144,7 @@ def test_without_positions_tokens_are_a_set():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_query_that_may_read_nothing_gets_zeros(causal):
-    """Spec 07, item 7."""
+    """Spec 07, item 7: exactly."""
     attention = Attention(CHANNELS, HEADS)
     x = tokens(2, 5).requires_grad_()
     valid = torch.tensor([[True] * 5, [False] * 5])
@@ -155,6 +156,7 @@ def test_a_query_that_may_read_nothing_gets_zeros(causal):
 
 
 def test_attention_is_a_mean_of_the_values_by_weight():
+    """Spec 07, item 7. Measured: no difference."""
     attention = Attention(CHANNELS, HEADS)
     for linear in (attention.value, attention.output):
         nn.init.eye_(linear.weight)
@@ -196,7 +198,8 @@ def test_the_paper_counts_63_million_parameters_besides_the_embedding():
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ValueError, match="10 channels cannot be split among 4 heads"):
-        Attention(10, 4)
+    for heads in (4, 0):
+        with pytest.raises(ValueError, match=f"10 channels cannot be split among {heads} heads"):
+            Attention(10, heads)
     with pytest.raises(ValueError, match="relu, gelu; got 'swish'"):
         FeedForward(8, 8, activation="swish")

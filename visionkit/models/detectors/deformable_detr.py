@@ -250,7 +250,7 @@ class DeformableAttention(nn.Module):
 
     def __init__(self, channels: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
-        if channels % num_heads:
+        if num_heads < 1 or channels % num_heads:
             raise ValueError(f"the channels are divided among the heads: {channels} channels are no multiple of num_heads={num_heads}")
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.sampling_offsets = nn.Linear(channels, num_heads * num_levels * num_points * 2)

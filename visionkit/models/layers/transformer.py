@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        if channels % num_heads:
+        if num_heads < 1 or channels % num_heads:
             raise ValueError(f"heads share the channels equally: {channels} channels cannot be split among {num_heads} heads")
         self.num_heads = num_heads
         self.dropout = dropout
