@@ -271,6 +271,7 @@ def test_detr_computes_the_same(form):
 
 
 def test_the_authors_files_have_as_many_tensors_as_published():
+    """Spec 11, item 1: 458 tensors, 490 with masks, each of which is ours under one name."""
     theirs = TheirDETR(depth=50, encoder_layers=6, decoder_layers=6, rows=92)
     state = state_of(theirs.official())
     assert len(state) == 458

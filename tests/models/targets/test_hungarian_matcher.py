@@ -41,7 +41,7 @@ def cost_by_hand(logits: torch.Tensor, boxes: torch.Tensor, target: SetTarget, c
 
 @pytest.mark.parametrize("classification", ["softmax", "sigmoid"])
 def test_it_solves_the_hand_built_costs_of_each_image(classification):
-    """Spec 11, item 4. Measured: the same pairs, of costs that differ by 1.3e-06 where they reach 10."""
+    """Spec 11, item 4. Measured: the same pairs, of costs that differ by 1.3e-06."""
     logits, boxes, targets = batch((5, 1, 0, 20, 25))                       # at last more objects than queries
     pairs = HungarianMatcher(classification=classification)(logits, boxes, targets)
     assert len(pairs) == 5
