@@ -1,4 +1,5 @@
-"""DETR-small learns 16 images of BCCD by heart, at 160x120: a check that it can, not a detector. Not measured yet.
+"""DETR-small learns 16 images of BCCD by heart, at 160x120: a check that it can, not a detector. On these images box
+AP 0.945, AP50 0.974, seed 0 (docs/benchmarks.md); 13 minutes on 2 CPU cores.
 
 VISIONKIT_DATA=where/the/data/is python tools/train.py configs/detr/detr_r18_overfit_bccd.py
 """
