@@ -71,7 +71,7 @@ optim_wrapper = dict(
     type="OptimWrapper",
     # the authors add up the gradients of 4 images where 8 are averaged here: 8 times their rate of 5e-4, and a 4th of their decay
     optimizer=dict(type="SGD", lr=4e-3, momentum=0.9, weight_decay=1.25e-4),
-    paramwise_cfg=dict(custom_keys={"roi.pooling.conv_new": dict(lr_mult=3.0), "roi.pooling.offset": dict(lr_mult=0.01)}),
+    paramwise_cfg=dict(custom_keys={"roi.pooling.offset": dict(lr_mult=0.01)}),
 )
 param_scheduler = [
     dict(type="ConstantLR", factor=0.1, by_epoch=False, begin=0, end=1000),

@@ -110,10 +110,8 @@ def test_the_schedule_is_the_releases(card, images):
 
 def test_only_the_fully_connected_offsets_learn_at_a_hundredth():
     multiples = rates("faster_rcnn/deformable_faster_rcnn_r101_coco")
-    slow = {name for name, rate in multiples.items() if rate == pytest.approx(0.01)}
-    assert slow == {"roi.pooling.offset.weight", "roi.pooling.offset.bias"}
-    assert {name for name, rate in multiples.items() if rate == pytest.approx(3)} == {"roi.pooling.conv_new.weight",
-                                                                                     "roi.pooling.conv_new.bias"}
+    assert {name for name, rate in multiples.items() if rate != 1} == {"roi.pooling.offset.weight", "roi.pooling.offset.bias"}
+    assert multiples["roi.pooling.offset.weight"] == pytest.approx(0.01)
     assert multiples["backbone.layer4.0.conv2.conv_offset.weight"] == 1
     model, _ = build("faster_rcnn/deformable_faster_rcnn_r101_coco")
     assert model.roi.pooling.offset.weight.shape == (98, 12544)
