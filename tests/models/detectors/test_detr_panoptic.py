@@ -331,10 +331,13 @@ def test_it_learns_two_images_by_heart_first_boxes_then_masks():
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_process_learns(on_two_ranks):
     """Two objects on one rank, none on the other: the loss is divided by the mean of both, so each has the gradient of the whole batch."""
-    model, samples, batch = build(freeze_detr=True), [sample(), sample((), ())], images((64, 96), (64, 96))
-    ranks = on_two_ranks([model], batch, samples)
-    sum(model(batch, samples, mode="loss").values()).backward()
-    for (gradients,) in ranks:
-        assert gradients
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+    models, samples, batch = [build(freeze_detr=True), build()], [sample(), sample((), ())], images((64, 96), (64, 96))
+    ranks = on_two_ranks(models, batch, samples)
+    for model, *gradients in zip(models, *ranks, strict=True):
+        sum(model(batch, samples, mode="loss").values()).backward()
+        for ours in gradients:
+            assert all(gradient is not None for gradient in ours.values())                  # the rank without an object takes part
+            masks = {name: gradient for name, gradient in ours.items() if name.startswith("mask_")}
+            assert len(masks) == 4 + 2 * (5 + 5 + 3 + 1)
+            for name, gradient in masks.items():
+                torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
