@@ -4,6 +4,7 @@ import pickle
 import random
 import shutil
 import signal
+import sys
 import time
 import zipfile
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from visionkit.engine import load_config, train
 from visionkit.engine.checkpoint import (
+    RESNETS,
     CheckpointError,
     check_fit,
     find_resumable,
@@ -139,6 +141,25 @@ def test_urls_are_loaded_as_safely_as_files(tmp_path, monkeypatch):
             CheckpointLoader.load_checkpoint(url)
     assert not ran.exists()
     assert (tmp_path / "hub" / "checkpoints" / "evil.pth").exists()
+
+
+def test_torchvisions_resnets_are_found_without_it(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file: (asked.append(url), torch.save({"a": torch.ones(1)}, file)))
+    monkeypatch.setitem(sys.modules, "torchvision", None)                   # not installed
+    CheckpointLoader.load_checkpoint("torchvision://resnet50")
+    assert asked == [RESNETS["resnet50"]]
+    with pytest.raises(CheckpointError, match="pip install torchvision. Without it there are resnet18, resnet34, resnet50, resnet101"):
+        CheckpointLoader.load_checkpoint("torchvision://vgg16")
+
+
+def test_torchvision_agrees_where_its_resnets_are_and_a_wrong_name_is_told():
+    models = pytest.importorskip("torchvision", reason="the oracle").models
+    for name, url in RESNETS.items():
+        assert models.get_model_weights(name)["IMAGENET1K_V1"].url == url
+    with pytest.raises(CheckpointError, match="no weights named 'resnet5'. Did you mean 'resnet50'"):
+        CheckpointLoader.load_checkpoint("torchvision://resnet5")
 
 
 def test_a_killed_write_leaves_the_old_file_and_a_leftover_to_sweep(tmp_path, monkeypatch):

@@ -32,6 +32,8 @@ SEAL = b"visionkit saved_ns:%020d sha256:"                   # 19 letters, 20 di
 SEAL_LENGTH = len(SEAL % 0) + 64
 TEMPORARY = ".partial"                                       # ends the name of a file that is being written
 ENOUGH = 0.9                                                 # share of a model's values that load_from has to fill
+RESNETS = {name: f"https://download.pytorch.org/models/{name}-{digest}.pth" for name, digest in (
+    ("resnet18", "f37072fd"), ("resnet34", "b627a593"), ("resnet50", "0676ba61"), ("resnet101", "63fe2227"))}     # of torchvision
 
 
 class CheckpointError(ConfigError):
@@ -189,8 +191,16 @@ def load_from_url(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 def load_from_torchvision(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """torchvision's own weights, such as `torchvision://resnet50`."""
-    return load_from_url(get_torchvision_models()[filename.partition("://")[2]], map_location)
+    """torchvision's own weights: of a ResNet, such as `torchvision://resnet50`; of the rest only torchvision knows where they are."""
+    name = filename.partition("://")[2]
+    try:
+        urls = RESNETS if name in RESNETS else get_torchvision_models()
+    except ImportError:
+        raise CheckpointError(f"to know where {filename!r} is takes torchvision: pip install torchvision. Without it there are "
+                              f"{', '.join(RESNETS)}") from None
+    if name not in urls:
+        raise CheckpointError(f"torchvision has no weights named {name!r}.{did_you_mean(name, urls)}")
+    return load_from_url(urls[name], map_location)
 
 
 def load_from_elsewhere(filename: str, map_location: Any = None) -> dict[str, Any]:
