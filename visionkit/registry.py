@@ -310,7 +310,7 @@ HOOKS = Registry("hook", parent=mm.HOOKS, packages=["visionkit.engine", "mmengin
 LOOPS = Registry("loop", parent=mm.LOOPS, packages=["visionkit.engine", "mmengine.runner"])
 OPTIM_WRAPPERS = Registry("optim wrapper", parent=mm.OPTIM_WRAPPERS, packages=["visionkit.engine", "mmengine.optim"])
 OPTIMIZERS = Registry("optimizer", parent=mm.OPTIMIZERS, packages=["mmengine.optim"])
-PARAM_SCHEDULERS = Registry("parameter scheduler", parent=mm.PARAM_SCHEDULERS, packages=["mmengine.optim"])
+PARAM_SCHEDULERS = Registry("parameter scheduler", parent=mm.PARAM_SCHEDULERS, packages=["visionkit.engine", "mmengine.optim"])
 # Whatever else the Runner builds, so that it finds a registry of our scope for each, and a plugin can add to each.
 OPTIM_WRAPPER_CONSTRUCTORS = Registry("optim wrapper constructor", parent=mm.OPTIM_WRAPPER_CONSTRUCTORS, packages=["mmengine.optim"])
 MODEL_WRAPPERS = Registry("model wrapper", parent=mm.MODEL_WRAPPERS, packages=["mmengine.model"])

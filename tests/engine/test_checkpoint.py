@@ -28,6 +28,7 @@ from visionkit.engine.checkpoint import (
     to_history,
     to_plain,
     write_atomically,
+    write_average,
 )
 from visionkit.registry import ConfigError
 
@@ -160,6 +161,23 @@ def test_torchvision_agrees_where_its_resnets_are_and_a_wrong_name_is_told():
         assert models.get_model_weights(name)["IMAGENET1K_V1"].url == url
     with pytest.raises(CheckpointError, match="no weights named 'resnet5'. Did you mean 'resnet50'"):
         CheckpointLoader.load_checkpoint("torchvision://resnet5")
+
+
+def test_the_average_of_checkpoints_is_the_mean_of_their_tensors(tmp_path):
+    """Spec 07, item 8: equal."""
+    paths = []
+    for number in (1, 2, 6):
+        paths.append(tmp_path / f"{number}.pth")
+        torch.save({"state_dict": {"weight": torch.full((2, 3), float(number)), "seen": torch.tensor(number)}}, paths[-1])
+    assert write_average(tmp_path / "mean.safetensors", paths) == 2
+    mean = read_checkpoint(tmp_path / "mean.safetensors")["state_dict"]
+    assert torch.equal(mean["weight"], torch.full((2, 3), 3.0))
+    assert mean["seen"].item() == 6                                         # a count has no mean
+    torch.save({"state_dict": {"weight": torch.zeros(3), "seen": torch.tensor(1)}}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other.pth and .*1.pth are not of one model: they differ in weight"):
+        write_average(tmp_path / "mean.safetensors", [*paths, tmp_path / "other.pth"])
+    with pytest.raises(CheckpointError, match="two checkpoints or more"):
+        write_average(tmp_path / "mean.safetensors", paths[:1])
 
 
 def test_a_killed_write_leaves_the_old_file_and_a_leftover_to_sweep(tmp_path, monkeypatch):

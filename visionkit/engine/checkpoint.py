@@ -12,7 +12,7 @@ import os
 import pickle
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,41 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", mmap: bo
     if isinstance(checkpoint.get("meta"), dict):
         checkpoint["meta"].pop("config", None)               # Runner.resume of mmengine runs it as Python
     return checkpoint
+
+
+def write_average(path: str | os.PathLike, checkpoints: Sequence[str | os.PathLike]) -> int:
+    """Write the mean of the weights of `checkpoints` as .safetensors; counts, such as that of batches seen, are those of the last one.
+
+    Returns:
+        how many tensors there are.
+
+    Raises:
+        CheckpointError: there are fewer than two, one cannot be read, or they are not of one model.
+    """
+    from safetensors.torch import save
+
+    if len(checkpoints) < 2 or not str(path).endswith(".safetensors"):
+        raise CheckpointError(f"the mean of two checkpoints or more is written as .safetensors; got {len(checkpoints)} and the name {path}")
+    total: dict[str, Tensor] = {}
+    for number, checkpoint in enumerate(checkpoints):
+        weights = read_checkpoint(checkpoint)["state_dict"]
+        shapes, wanted = ({key: tuple(value.shape) for key, value in some.items()} for some in (weights, total or weights))
+        differ = sorted(key for key in {*shapes, *wanted} if shapes.get(key) != wanted.get(key))
+        if differ:
+            raise CheckpointError(f"{checkpoint} and {checkpoints[0]} are not of one model: they differ in {', '.join(differ[:5])}"
+                                  + (f" and {len(differ) - 5} more" if len(differ) > 5 else ""))
+        for key, value in weights.items():
+            if not value.is_floating_point():
+                total[key] = value.clone()
+            elif number:
+                total[key] += value
+            else:
+                total[key] = value.double()
+    for key, value in total.items():
+        if value.is_floating_point():
+            total[key] = (value / len(checkpoints)).to(weights[key].dtype)
+    write_atomically(path, save({key: value.contiguous() for key, value in total.items()}, {"format": "pt"}))
+    return len(total)
 
 
 def load_from_file(filename: str, map_location: Any = None) -> dict[str, Any]:
