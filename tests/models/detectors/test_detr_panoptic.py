@@ -297,7 +297,7 @@ def test_the_gain_of_the_maps_is_of_the_first_weights_for_them_only():
 
 @pytest.mark.slow
 def test_it_learns_two_images_by_heart_first_boxes_then_masks():
-    """The paper's two stages. Measured, for two initial states: masks with an IoU of 0.97 to 1.00."""
+    """The paper's two stages. Measured, for three initial states: masks with an IoU of 0.95 to 1.00."""
     settings = {"num_queries": 4, "num_heads": 2, "channels": 128, "panoptic_threshold": 0.3, "score_threshold": 0.3, "maps_gain": 12.0}
     model = build(**settings)
     truth = [sample(((8, 8, 40, 40), (50, 14, 90, 60)), (0, 1)), sample(((60, 4, 90, 40), (0, 24, 40, 64)), (1, 2))]
@@ -307,7 +307,7 @@ def test_it_learns_two_images_by_heart_first_boxes_then_masks():
             image[label, mask] = 3.0
     batch = ImageBatch(picture, [(64, 96)] * 2)
     stages = model, build(**settings, freeze_detr=True)
-    for stage, (iterations, lr) in zip(stages, ((70, 1e-3), (170, 3e-3)), strict=True):
+    for stage, (iterations, lr) in zip(stages, ((80, 1e-3), (120, 1e-3)), strict=True):
         stage.load_state_dict(model.state_dict())
         optimizer = torch.optim.AdamW([parameter for parameter in stage.parameters() if parameter.requires_grad])
         for iteration in range(iterations):
