@@ -20,14 +20,15 @@ model = dict(
     channels=128,
     num_heads=8,
     hidden_channels=512,
-    encoder_layers=3,
-    decoder_layers=3,
+    encoder_layers=2,
+    decoder_layers=4,
     dropout=0.0,
     dice_weight=5.0,                                                       # small masks would long stay empty
+    maps_gain=4096.0,                                                      # 8 heads of 16x16 positions, and a little more
     panoptic_threshold=0.5,
 )
 train_dataloader = dict(batch_size=2)                                      # twice the steps for the same images
-train_cfg = dict(type="EpochLoop", max_epochs=30, val_interval=10)
+train_cfg = dict(type="EpochLoop", max_epochs=24, val_interval=8)
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=4e-4, weight_decay=1e-4, fused=True),
@@ -35,6 +36,6 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.02, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", T_max=30, begin=0, end=30, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", T_max=24, begin=0, end=24, convert_to_iter_based=True),
 ]
 custom_hooks = [dict(type="PictureHook")]
