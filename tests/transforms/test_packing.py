@@ -58,3 +58,9 @@ def test_further_keys_are_kept_when_asked_for():
     assert (sample.camera, sample.caption, sample.replaced) == ("left", "a cat", ["b.jpg"])
     with pytest.raises(ValueError, match="PackSample is to keep 'camera', but the pipeline's dict has only .*img_id"):
         PackSample(meta_keys=("camera",))(results())
+
+
+def test_the_class_of_a_whole_image_is_packed():
+    sample = PackSample()({"img": np.zeros((4, 6, 3), np.uint8), "gt_label": 7})["data_samples"]
+    assert sample.gt_label.dtype == torch.int64
+    assert sample.gt_label.item() == 7

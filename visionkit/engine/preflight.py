@@ -66,8 +66,8 @@ RUN_KEYS: tuple[tuple[str, Registry], ...] = (
     ("default_hooks", HOOKS), ("custom_hooks", HOOKS), ("train_cfg", LOOPS), ("val_cfg", LOOPS), ("test_cfg", LOOPS),
     ("visualizer", VISUALIZERS), ("vis_backends", VISBACKENDS), ("log_processor", LOG_PROCESSORS))
 PART_KEYS: tuple[tuple[str, Registry], ...] = (
-    ("data_preprocessor", MODELS), ("backbone", BACKBONES), ("neck", NECKS), ("*head", HEADS), ("rpn", HEADS), ("roi", HEADS),
-    ("loss*", LOSSES), ("*_loss", LOSSES))
+    ("data_preprocessor", MODELS), ("backbone", BACKBONES), ("puzzle", TRANSFORMS), ("neck", NECKS), ("*head", HEADS), ("rpn", HEADS),
+    ("roi", HEADS), ("loss*", LOSSES), ("*_loss", LOSSES))
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 # What the Runner takes from a component's dict for itself.
 RUNNER_TAKES = {HOOKS: {"priority"}, PARAM_SCHEDULERS: {"convert_to_iter_based"}, OPTIM_WRAPPERS: {"constructor", "paramwise_cfg"}}

@@ -1,5 +1,5 @@
 """Architectures and their parts."""
-from visionkit.models import backbones, detectors, heads, losses, necks, targets
+from visionkit.models import backbones, classifiers, detectors, heads, losses, necks, self_supervised, targets
 from visionkit.models.base import ImagePreprocessor, Model
 
-__all__ = ["ImagePreprocessor", "Model", "backbones", "detectors", "heads", "losses", "necks", "targets"]
+__all__ = ["ImagePreprocessor", "Model", "backbones", "classifiers", "detectors", "heads", "losses", "necks", "self_supervised", "targets"]

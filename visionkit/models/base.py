@@ -65,6 +65,8 @@ class Model(BaseModel):
             return self.loss(images, samples)
         if mode == "predict":
             return self.predict(images, samples)
+        if mode == "features":
+            return self.features(images)
         return super().__call__(images)
 
     @abstractmethod
@@ -78,6 +80,13 @@ class Model(BaseModel):
     @abstractmethod
     def predict(self, images: ImageBatch, samples: list[Sample]) -> list[Sample]:
         """`samples` with predictions in original-image pixels."""
+
+    def features(self, images: ImageBatch) -> dict[str, Tensor]:
+        """What the network makes of `images` before it says anything, by name, for probes and retrieval: each [B, C, h, w] or [B, D].
+
+        By default the backbone's feature maps, `map0`, `map1`, ...
+        """
+        return {f"map{index}": level for index, level in enumerate(self.backbone(images.tensor))}
 
     def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The total to back-propagate, and the values to log: their mean over all ranks, so that a log does not depend on the

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from mmengine.structures import BaseDataElement, InstanceData
+from torch import Tensor
 
 from visionkit.structures.panoptic_map import PanopticMap
 
@@ -20,6 +21,11 @@ class Sample(BaseDataElement):
         pred_instances: `bboxes` [N, 4] in pixels of the *original image*, `scores` [N] descending, `labels` [N], and of models that
             predict them `masks` [N, h, w] bool in the original size.
         pred_panoptic: a `PanopticMap` in the original size, of models that predict one.
+        gt_label: int64 scalar, the class of the whole image, where the data set has one.
+        pred_scores: [C] float, of models that classify whole images: how sure they are of each class; the highest is the answer.
+        pretext: of models that solve puzzles made from the image, `InstanceData` with a row a puzzle: `scores` [T, K] of the K possible
+            answers and `labels` [T] int64, which is right.
+        features: tensors by name, each [C, h, w] or [D], of a model that is asked for its features.
 
     Meta information (attributes set through `set_metainfo`):
         img_id, img_path; ori_shape (h, w) of the file; img_shape (h, w) of the network input without padding;
@@ -51,6 +57,38 @@ class Sample(BaseDataElement):
     @pred_instances.setter
     def pred_instances(self, value: InstanceData) -> None:
         self.set_field(value, "_pred_instances", dtype=InstanceData)
+
+    @property
+    def gt_label(self) -> Tensor:
+        return self._gt_label
+
+    @gt_label.setter
+    def gt_label(self, value: Tensor) -> None:
+        self.set_field(value, "_gt_label", dtype=Tensor)
+
+    @property
+    def pred_scores(self) -> Tensor:
+        return self._pred_scores
+
+    @pred_scores.setter
+    def pred_scores(self, value: Tensor) -> None:
+        self.set_field(value, "_pred_scores", dtype=Tensor)
+
+    @property
+    def pretext(self) -> InstanceData:
+        return self._pretext
+
+    @pretext.setter
+    def pretext(self, value: InstanceData) -> None:
+        self.set_field(value, "_pretext", dtype=InstanceData)
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        return self._features
+
+    @features.setter
+    def features(self, value: dict[str, Tensor]) -> None:
+        self.set_field(value, "_features", dtype=dict)
 
     @property
     def pred_panoptic(self) -> PanopticMap:

@@ -18,7 +18,8 @@ class PackSample(BaseTransform):
     """Pack one image and what is known about it into `{"inputs": tensor [3, h, w], "data_samples": Sample}`.
 
     Objects that no longer reach into the image (a crop cut them off, or the file has a box without extent) are left out of
-    `gt_instances`: nothing can be learnt from them. Those with an ignore flag go to `ignored_instances`.
+    `gt_instances`: nothing can be learnt from them. Those with an ignore flag go to `ignored_instances`. `gt_label`, the class of a whole
+    image, goes to the sample's field of that name.
 
     Args:
         meta_keys: further keys of the pipeline's dict to keep as meta information of the sample.
@@ -46,6 +47,8 @@ class PackSample(BaseTransform):
             if key not in results:
                 raise ValueError(f"PackSample is to keep {key!r}, but the pipeline's dict has only {', '.join(sorted(results))}")
             sample.set_metainfo({key: results[key]})
+        if "gt_label" in results:
+            sample.gt_label = torch.tensor(results["gt_label"], dtype=torch.int64)
         if "gt_bboxes" in results:
             sample.gt_instances, sample.ignored_instances = self.instances(results, height, width)
         return {"inputs": _to_tensor(image), "data_samples": sample}
