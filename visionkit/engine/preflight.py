@@ -356,8 +356,8 @@ def leaves(dataset: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def check_data(dataset: Any, path: Path, training: bool) -> None:
-    """Every image file exists; for training, there is a box to learn from."""
-    boxes = [_has_boxes(leaf) for _, leaf in leaves(dataset, path)]
+    """Every image file exists; for training, there is a box to learn from where boxes are what a pipeline loads."""
+    boxes = [_has_boxes(leaf) for _, leaf in leaves(dataset, path) if _loads_annotations(leaf)]
     if training and boxes and all(found is False for found in boxes):
         raise ConfigError(
             f"no box is left to train on in {len(dataset)} images. Classes: {', '.join(dataset_classes(dataset)) or 'none'}. "
@@ -437,6 +437,12 @@ def _class_numbers(model_cfg: Any, model: nn.Module) -> list[tuple[Path, int]]:
         found = [(("model", *name.split("."), "num_classes") if name else ("model", "num_classes"), module.num_classes)
                  for name, module in model.named_modules() if isinstance(getattr(module, "num_classes", None), int)]
     return [(path, number) for path, number in found if "backbone" not in path]
+
+
+def _loads_annotations(dataset: Any) -> bool:
+    """Whether a pipeline takes more than the images; true where it does not tell."""
+    transforms = getattr(getattr(dataset, "pipeline", None), "transforms", None)
+    return transforms is None or any(base.__name__.endswith("Annotations") for transform in transforms for base in type(transform).__mro__)
 
 
 def _has_boxes(dataset: Any) -> bool | None:
