@@ -1,7 +1,10 @@
 """Metrics: predictions and ground truth in, numbers out."""
+from visionkit.evaluation.accuracy import Accuracy
 from visionkit.evaluation.coco_ap import CocoMetric
 from visionkit.evaluation.detection import DetectionMetric
+from visionkit.evaluation.image_metric import ImageMetric
 from visionkit.evaluation.panoptic_quality import PanopticQuality
+from visionkit.evaluation.pretext_accuracy import PretextAccuracy
 from visionkit.evaluation.voc_ap import VOCMetric
 
-__all__ = ["CocoMetric", "DetectionMetric", "PanopticQuality", "VOCMetric"]
+__all__ = ["Accuracy", "CocoMetric", "DetectionMetric", "ImageMetric", "PanopticQuality", "PretextAccuracy", "VOCMetric"]
