@@ -220,8 +220,8 @@ def read_pickle(file: str) -> dict[bytes, Any]:
                 raise _Refused(f"it holds a {type(content).__name__}")
             return {key.encode() if isinstance(key, str) else key: _real(value) for key, value in content.items()}
         except _Refused as error:
-            raise ConfigError(f"{file} is refused: a batch of CIFAR is a pickled dict of lists, text and arrays of bytes, and needs nothing "
-                              f"else, but {error}. Nothing in it was run; take the file from where CIFAR is given out",
+            raise ConfigError(f"{file} is refused: a batch of CIFAR is a pickled dict of lists, text and arrays of bytes, and needs "
+                              f"nothing else, but {error}. Nothing in it was run; take the file from where CIFAR is given out",
                               ("data_root",)) from error
         except Exception as error:                           # a damaged pickle fails in any way
             raise ConfigError(f"{file} cannot be read, it may be damaged: {type(error).__name__}: {error}", ("data_root",)) from error
