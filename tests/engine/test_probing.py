@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 
 from visionkit import engine
+from visionkit.engine.preflight import preflight
 from visionkit.engine.probing import Point, features_of, frozen, random_network, read_points
 from visionkit.registry import ConfigError
 
@@ -156,6 +157,30 @@ def test_a_random_network_does_not_load_what_its_config_starts_from():
 
 def test_points_are_read_as_they_stand():
     assert read_points(dict(a=dict(feature="map1", pool=2), b=dict(feature="z"))) == {"a": Point("map1", 2), "b": Point("z", None)}
+
+
+PRETEXT = """
+_base_ = {base!r}
+custom_imports = dict(imports=["probe_parts"])
+model = dict(type="ProbePretext", backbone=dict(type="ProbeNet"))
+test_cfg = dict(points=dict(block2=dict(feature="map1", pool=2)))
+train_cfg = dict(type="EpochLoop", max_epochs=1)
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1))
+"""
+
+
+def test_a_card_on_the_base_for_pretext_passes_the_pre_flight_of_training_and_of_probing(folder, monkeypatch):
+    (folder / "cifar10").mkdir()
+    for split in ("train", "test"):
+        (folder / split).rename(folder / "cifar10" / split)
+    monkeypatch.setenv("VISIONKIT_DATA", str(folder))
+    (folder / "card.py").write_text(PRETEXT.format(base=str(Path(__file__).parents[2] / "configs" / "_base_" / "cifar10_pretext.py")))
+    cfg = engine.load_config(folder / "card.py")
+    for training in (True, False):
+        preflight(cfg, training)
+    (folder / "cifar10" / "train" / "across" / "00.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"^test_cfg.train_dataloader.dataset.*00.png"):
+        preflight(cfg, training=False)
 
 
 def test_tta_and_amp_are_refused(build, folder):
