@@ -295,6 +295,13 @@ def test_an_annotation_file_without_a_box_that_counts_is_an_error(folder):
     fails(runnable(folder), r"^train_dataloader\.dataset: no box is left to train on in 3 images\. Classes: cat, dog")
 
 
+def test_images_alone_need_no_box(folder):
+    write(folder, crowd=1)
+    cfg = runnable(folder)
+    cfg.train_dataloader.dataset.pipeline = [dict(type="LoadImageFromFile"), dict(type="PackSample")]
+    preflight(cfg)
+
+
 def test_the_models_number_of_classes_is_compared_with_the_datas(folder):
     fails(runnable(folder, model__head__num_classes=80),
           r"^model\.head\.num_classes: the model has 80 classes, but train_dataloader\.dataset has 2 \(cat, dog\); set num_classes=2")

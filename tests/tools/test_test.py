@@ -12,7 +12,7 @@ from visionkit.registry import MODELS
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
-@pytest.mark.parametrize("name", ["train", "test", "infer", "check", "draw_sampling"])
+@pytest.mark.parametrize("name", ["train", "test", "infer", "check", "draw_neighbours", "draw_sampling"])
 def test_help_answers_before_anything_heavy_is_imported(name):
     code = ("import runpy, sys; sys.argv = ['tool', '--help']\n"
             f"try: runpy.run_path({str(TOOLS / f'{name}.py')!r}, run_name='__main__')\n"

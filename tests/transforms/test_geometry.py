@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from visionkit.registry import TRANSFORMS, ConfigError
-from visionkit.transforms import RandomCrop, RandomFlip, Resize, build_pipeline
+from visionkit.transforms import RandomCrop, RandomFlip, RandomResizedCrop, RandomShift, Resize, build_pipeline
 
 
 def scene(height=40, width=60):
@@ -146,3 +146,77 @@ def test_random_crop_may_draw_the_size_of_its_window():
     assert len(sizes) > 20                                                      # each side for itself
     with pytest.raises(ValueError, match=r"no larger than size=\(8, 8\), got \(4, 9\)"):
         RandomCrop(size=(8, 8), min_size=(4, 9))
+
+
+def test_a_shift_is_padding_and_cutting_the_old_size_out():
+    before, seen = scene()["img"], set()
+    padded = np.pad(before, ((3, 3), (3, 3), (0, 0)), constant_values=9)
+    for seed in range(60):
+        np.random.seed(seed)
+        after = RandomShift(pixels=3, fill=9)(scene())
+        assert_in_step(after)
+        places = [(y, x) for y in range(7) for x in range(7) if (padded[y:y + 40, x:x + 60] == after["img"]).all()]
+        assert len(places) == 1
+        seen.update(places)
+    assert {y for y, _ in seen} == {x for _, x in seen} == set(range(7))                 # every shift either way, none more
+
+
+def test_a_shift_drops_what_it_moves_out(monkeypatch):
+    monkeypatch.setattr("numpy.random.randint", lambda *_: np.array([25, 0]))
+    after = RandomShift(pixels=25)(scene())
+    assert after["gt_bboxes"].tolist() == [[5, 20, 31, 36]]
+    assert_in_step(after)
+    assert (after["img"][:, 35:] == 0).all()
+    after = RandomShift(pixels=70)(scene() | {"img": np.ones((40, 10, 3), np.uint8), "gt_bboxes": np.zeros((0, 4), np.float32),
+                                              "gt_masks": np.zeros((0, 40, 10), np.uint8), "gt_bboxes_labels": np.arange(0),
+                                              "gt_ignore_flags": np.zeros(0, bool)})
+    assert (after["img"] == 0).all()                         # wholly moved out
+
+
+def test_a_resized_crop_takes_boxes_and_masks_along():
+    kept = 0
+    for seed in range(20):
+        np.random.seed(seed)
+        after = RandomResizedCrop(size=(90, 70), area=(0.4, 1.0), interpolation="nearest")(scene())
+        assert after["img"].shape == (70, 90, 3)
+        assert_in_step(after, tolerance=2.5)                 # of the enlarged image
+        kept += len(after["gt_bboxes"])
+    assert 20 < kept < 60
+
+
+def test_a_resized_crop_has_the_area_and_the_shape_it_is_asked_for():
+    np.random.seed(0)
+    crop = RandomResizedCrop(size=8, area=(0.2, 0.6), aspect=(0.5, 2.0))
+    windows = np.array([crop.window(90, 100) for _ in range(400)])
+    left, top, width, height = windows.T
+    assert (left >= 0).all() and (top >= 0).all() and (left + width <= 100).all() and (top + height <= 90).all()  # noqa: PT018
+    area, aspect = width * height / 9000, width / height
+    assert 0.19 < area.min() < 0.22
+    assert 0.5 < area.max() < 0.61
+    assert 0.49 < aspect.min() < 0.55
+    assert np.median(aspect) == pytest.approx(1, abs=0.1)    # as often upright as wide
+
+
+def test_a_resized_crop_of_a_strip_takes_the_largest_window_that_fits():
+    assert RandomResizedCrop(size=8, area=(1.0, 1.0)).window(10, 200) == (93, 0, 13, 10)
+    assert RandomResizedCrop(size=8, area=(1.0, 1.0)).window(200, 12) == (0, 92, 12, 16)
+
+
+def test_the_usual_transforms_of_mmcv_are_there_by_name():
+    pipeline = build_pipeline([dict(type="RandomGrayscale", prob=1.0, keep_channels=True, color_format="rgb"),
+                               dict(type="CenterCrop", crop_size=(20, 10)), dict(type="PackSample")])
+    results = {key: value for key, value in scene().items() if key != "gt_masks"}
+    packed = pipeline(results | {"img": np.arange(7200, dtype=np.uint8).reshape(40, 60, 3)})
+    assert packed["inputs"].shape == (3, 10, 20)
+    assert (packed["inputs"][0] == packed["inputs"][2]).all()
+    assert packed["data_samples"].gt_instances.bboxes.tolist() == [[10, 5, 20, 10]]
+
+
+@pytest.mark.parametrize("kind, arguments, message", [
+    (RandomShift, dict(pixels=-1), "pixels is 0 or more"), (RandomShift, dict(fill=256), "fill lies within"),
+    (RandomResizedCrop, dict(size=(0, 4)), "size must be"), (RandomResizedCrop, dict(size=4, area=(0, 1)), "area must be"),
+    (RandomResizedCrop, dict(size=4, aspect=(2, 1)), "aspect must be"), (RandomResizedCrop, dict(size=4, min_visible=2), "min_visible"),
+    (RandomResizedCrop, dict(size=4, interpolation="best"), "interpolation")])
+def test_a_wrong_shift_or_resized_crop_is_refused(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)

@@ -1,8 +1,10 @@
 """Data sets, and the samplers that say which image comes next."""
 from visionkit.datasets.base import Dataset
+from visionkit.datasets.cifar import CIFAR
 from visionkit.datasets.coco import CocoDataset
 from visionkit.datasets.coco_panoptic import CocoInstancesAsPanoptic, CocoPanopticDataset
 from visionkit.datasets.detection import DetectionDataset
+from visionkit.datasets.image_folder import ImageFolder
 from visionkit.datasets.report import DatasetReport
 from visionkit.datasets.roots import resolve
 from visionkit.datasets.sampler import Draw, DrawSampler, InfiniteDrawSampler, seeded
@@ -11,5 +13,6 @@ from visionkit.datasets.throughput import images_per_second
 from visionkit.datasets.voc import VOCDataset
 from visionkit.datasets.workers import worker_init
 
-__all__ = ["CocoDataset", "CocoInstancesAsPanoptic", "CocoPanopticDataset", "Dataset", "DatasetReport", "DetectionDataset", "Draw",
-           "DrawSampler", "InfiniteDrawSampler", "ShapesDataset", "VOCDataset", "images_per_second", "resolve", "seeded", "worker_init"]
+__all__ = ["CIFAR", "CocoDataset", "CocoInstancesAsPanoptic", "CocoPanopticDataset", "Dataset", "DatasetReport", "DetectionDataset", "Draw",
+           "DrawSampler", "ImageFolder", "InfiniteDrawSampler", "ShapesDataset", "VOCDataset", "images_per_second", "resolve", "seeded",
+           "worker_init"]

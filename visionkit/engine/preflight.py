@@ -98,15 +98,14 @@ def preflight(cfg: Config, training: bool = True) -> None:
     with seeded(0), DefaultScope.overwrite_default_scope(SCOPE):
         model = build_parts(cfg, training)
         classes: dict[Path, tuple[str, ...]] = {}
-        for key in LOADERS[:2] if training else LOADERS[2:]:
-            if cfg.get(key):
-                dataset, sampler = build_data(cfg[key], key)
-                check_data(dataset, (key, "dataset"), training=key == "train_dataloader")
-                load_first(dataset, sampler, (key, "dataset"))
-                if key == "train_dataloader":
-                    build_schedule(cfg, model, epoch_length=max(1, -(-len(sampler) // cfg[key].get("batch_size", 1))))
-                if dataset_classes(dataset):
-                    classes[key, "dataset"] = dataset_classes(dataset)
+        for path, section in _loaders(cfg, training):
+            dataset, sampler = build_data(section, *path)
+            check_data(dataset, (*path, "dataset"), training=path == ("train_dataloader",))
+            load_first(dataset, sampler, (*path, "dataset"))
+            if path == ("train_dataloader",):
+                build_schedule(cfg, model, epoch_length=max(1, -(-len(sampler) // section.get("batch_size", 1))))
+            if dataset_classes(dataset):
+                classes[(*path, "dataset")] = dataset_classes(dataset)
         check_classes(cfg.model, model, classes)
 
 
@@ -139,6 +138,16 @@ def check_components(cfg: Mapping[str, Any]) -> None:
                 _check_arguments(DataLoader, set(section) - LOADER_TAKES, (key,))
         for path, node in _components(section, (key,)):
             _check_component(node, path)
+
+
+def _loaders(cfg: Mapping[str, Any], training: bool) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """The data loaders of training and validation, or those of a test: the images that a probe learns from are a part of its loop."""
+    for key in LOADERS[:2] if training else LOADERS[2:]:
+        if cfg.get(key):
+            yield (key,), cfg[key]
+    section = (cfg.get("test_cfg") or {}).get("train_dataloader")
+    if section and not training:
+        yield ("test_cfg", "train_dataloader"), section
 
 
 def _known_keys() -> set[str]:
@@ -287,19 +296,19 @@ def _check_watched(hook: Any, metrics: Sequence[Any], path: Path) -> None:
                                   (*path, key))
 
 
-def build_data(section: Mapping[str, Any], key: str) -> tuple[Any, Any]:
-    """Build the data set and the sampler of a loader, and check the loader's other settings."""
+def build_data(section: Mapping[str, Any], *path: str) -> tuple[Any, Any]:
+    """Build the data set and the sampler of the loader at `path`, and check the loader's other settings."""
     for needed in ("dataset", "sampler"):
         if needed not in section:
-            raise ConfigError(f"a loader needs a `{needed}`, and this one has only {', '.join(section)}", (key,))
-    dataset = _build(DATASETS, section["dataset"], (key, "dataset"))
-    with _at(key, "dataset"):
+            raise ConfigError(f"a loader needs a `{needed}`, and this one has only {', '.join(section)}", path)
+    dataset = _build(DATASETS, section["dataset"], (*path, "dataset"))
+    with _at(*path, "dataset"):
         if hasattr(dataset, "full_init"):
             dataset.full_init()
-    sampler = _build(SAMPLERS, section["sampler"], (key, "sampler"), dataset=dataset, seed=0)
+    sampler = _build(SAMPLERS, section["sampler"], (*path, "sampler"), dataset=dataset, seed=0)
     if section.get("batch_sampler"):
-        _build(SAMPLERS, section["batch_sampler"], (key, "batch_sampler"), sampler=sampler, batch_size=section.get("batch_size"))
-    with _at(key):                                           # number of workers, prefetching, ...: torch's own checks
+        _build(SAMPLERS, section["batch_sampler"], (*path, "batch_sampler"), sampler=sampler, batch_size=section.get("batch_size"))
+    with _at(*path):                                         # number of workers, prefetching, ...: torch's own checks
         Runner.build_dataloader({**section, "dataset": range(8), "sampler": None, "batch_sampler": None})
     return dataset, sampler
 
@@ -356,8 +365,8 @@ def leaves(dataset: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def check_data(dataset: Any, path: Path, training: bool) -> None:
-    """Every image file exists; for training, there is a box to learn from."""
-    boxes = [_has_boxes(leaf) for _, leaf in leaves(dataset, path)]
+    """Every image file exists; for training, there is a box to learn from where boxes are what a pipeline loads."""
+    boxes = [_has_boxes(leaf) for _, leaf in leaves(dataset, path) if _loads_annotations(leaf)]
     if training and boxes and all(found is False for found in boxes):
         raise ConfigError(
             f"no box is left to train on in {len(dataset)} images. Classes: {', '.join(dataset_classes(dataset)) or 'none'}. "
@@ -437,6 +446,12 @@ def _class_numbers(model_cfg: Any, model: nn.Module) -> list[tuple[Path, int]]:
         found = [(("model", *name.split("."), "num_classes") if name else ("model", "num_classes"), module.num_classes)
                  for name, module in model.named_modules() if isinstance(getattr(module, "num_classes", None), int)]
     return [(path, number) for path, number in found if "backbone" not in path]
+
+
+def _loads_annotations(dataset: Any) -> bool:
+    """Whether a pipeline takes more than the images; true where it does not tell."""
+    transforms = getattr(getattr(dataset, "pipeline", None), "transforms", None)
+    return transforms is None or any(base.__name__.endswith("Annotations") for transform in transforms for base in type(transform).__mro__)
 
 
 def _has_boxes(dataset: Any) -> bool | None:

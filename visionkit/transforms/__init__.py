@@ -3,12 +3,12 @@ import mmcv.transforms  # noqa: F401  (registers them in mmengine's root registr
 
 from visionkit.transforms.albumentations import Albumentations
 from visionkit.transforms.color import PhotoMetricDistortion
-from visionkit.transforms.geometry import RandomCrop, RandomFlip, Resize, TestTimeAug
+from visionkit.transforms.geometry import RandomCrop, RandomFlip, RandomResizedCrop, RandomShift, Resize, TestTimeAug
 from visionkit.transforms.loading import BrokenImageError, LoadAnnotations, LoadImageFromFile, decode_image
 from visionkit.transforms.packing import PackSample
 from visionkit.transforms.panoptic import BoxesFromMasks, LoadPanopticAnnotations
 from visionkit.transforms.pipeline import build_pipeline
 
 __all__ = ["Albumentations", "BoxesFromMasks", "BrokenImageError", "LoadAnnotations", "LoadImageFromFile", "LoadPanopticAnnotations",
-           "PackSample", "PhotoMetricDistortion", "RandomCrop", "RandomFlip", "Resize", "TestTimeAug", "build_pipeline",
-           "decode_image"]
+           "PackSample", "PhotoMetricDistortion", "RandomCrop", "RandomFlip", "RandomResizedCrop", "RandomShift", "Resize", "TestTimeAug",
+           "build_pipeline", "decode_image"]

@@ -127,23 +127,123 @@ class RandomCrop(BaseTransform):
         new_width, new_height = (np.random.randint(min(least, side), min(most, side) + 1)
                                  for least, most, side in zip(self.min_size, self.size, (width, height), strict=True))
         left, top = np.random.randint(width - new_width + 1), np.random.randint(height - new_height + 1)
-        window = np.s_[top:top + new_height, left:left + new_width]
-        results["img"] = np.ascontiguousarray(results["img"][window])
-        results["img_shape"] = (new_height, new_width)
-        if results.get("gt_masks") is not None:
-            results["gt_masks"] = results["gt_masks"][(slice(None), *window)]
-        if results.get("gt_bboxes") is not None:
-            before = results["gt_bboxes"]
-            boxes = np.clip(before - np.float32([left, top, left, top]), 0, np.float32([new_width, new_height] * 2))
-            keep = (_area(boxes) > 0) & (_area(boxes) >= self.min_visible * _area(before))
-            results["gt_bboxes"] = boxes[keep]
-            for key in ("gt_bboxes_labels", "gt_ignore_flags", "gt_masks"):
-                if key in results:
-                    results[key] = results[key][keep]
-        return results
+        return cut(results, left, top, new_width, new_height, self.min_visible)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(size={self.size}, min_visible={self.min_visible}, min_size={self.min_size})"
+
+
+@TRANSFORMS.register_module()
+class RandomShift(BaseTransform):
+    """Move the image by a whole number of pixels in both directions: what others call padding by so many and cutting the old size out
+    again, as is usual on CIFAR. Objects of which less than `min_visible` is left go.
+
+    Args:
+        pixels: the most that it moves, either way.
+        fill: what comes in at the other side, 0 to 255.
+        min_visible: the least part of a box's area that must be left.
+    """
+
+    def __init__(self, pixels: int = 4, fill: float = 0, min_visible: float = 0.2) -> None:
+        if pixels < 0 or not 0 <= fill <= 255 or not 0 <= min_visible <= 1:
+            raise ValueError(f"pixels is 0 or more, fill lies within 0 and 255, min_visible within 0 and 1; got {pixels=}, {fill=}, "
+                             f"{min_visible=}")
+        self.pixels = pixels
+        self.fill = fill
+        self.min_visible = min_visible
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        height, width = results["img"].shape[:2]
+        left, top = np.random.randint(-self.pixels, self.pixels + 1, 2)
+        return cut(results, int(left), int(top), width, height, self.min_visible, self.fill)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(pixels={self.pixels}, fill={self.fill}, min_visible={self.min_visible})"
+
+
+@TRANSFORMS.register_module()
+class RandomResizedCrop(BaseTransform):
+    """Cut out a window of random area and shape, and scale it to one size (Szegedy et al. 2015, arXiv:1409.4842, sec. 6); objects of which
+    less than `min_visible` is left go.
+
+    Args:
+        size: (width, height) of the result, pixels; one number stands for both.
+        area: the least and the most of the image's area that the window covers.
+        aspect: its least and its largest width over height; drawn evenly on a logarithmic scale.
+        min_visible: the least part of a box's area that must be left.
+        interpolation: as `Resize` has it.
+    """
+    TRIES = 10                                               # before the largest window in the middle is taken
+
+    def __init__(self, size: int | Sequence[int], area: Sequence[float] = (0.08, 1.0), aspect: Sequence[float] = (3 / 4, 4 / 3),
+                 min_visible: float = 0.2, interpolation: str = "bilinear") -> None:
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"size must be (width, height) in pixels, got {size}")
+        if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+            raise ValueError(f"area must be (least, most) of the image's area, above 0 and up to 1; got {area}")
+        if len(aspect) != 2 or not 0 < aspect[0] <= aspect[1]:
+            raise ValueError(f"aspect must be (least, most) width over height, above 0; got {aspect}")
+        if not 0 <= min_visible <= 1:
+            raise ValueError(f"min_visible is a part of a box's area, 0 to 1, got {min_visible}")
+        self.size, self.area, self.aspect, self.min_visible = size, tuple(area), tuple(aspect), min_visible
+        self.resize = Resize(scale=size, interpolation=interpolation)
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        return self.resize(cut(results, *self.window(*results["img"].shape[:2]), self.min_visible))
+
+    def window(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Left, top, width and height of a window in an image of so many pixels."""
+        for _ in range(self.TRIES):
+            area = np.random.uniform(*self.area) * height * width
+            aspect = np.exp(np.random.uniform(*np.log(self.aspect)))
+            w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return int(np.random.randint(width - w + 1)), int(np.random.randint(height - h + 1)), w, h
+        aspect = min(max(width / height, self.aspect[0]), self.aspect[1])
+        w, h = max(1, min(width, round(height * aspect))), max(1, min(height, round(width / aspect)))
+        return (width - w) // 2, (height - h) // 2, w, h
+
+    def __repr__(self) -> str:
+        return (f"{type(self).__name__}(size={self.size}, area={self.area}, aspect={self.aspect}, min_visible={self.min_visible}, "
+                f"interpolation={self.resize.interpolation!r})")
+
+
+def cut(results: dict[str, Any], left: int, top: int, width: int, height: int, min_visible: float, fill: float = 0) -> dict[str, Any]:
+    """Cut a window out of the image of a pipeline, with its boxes and masks.
+
+    Args:
+        results: the pipeline's dict; changed.
+        left: of the window, pixels; below 0 where it begins beside the image, as it may end there.
+        top: likewise.
+        width: of the window, pixels.
+        height: likewise.
+        min_visible: objects of which less than this part of the box's area is left go, with labels, flags and masks.
+        fill: what the window holds beside the image; masks hold 0 there.
+    """
+    results["img"] = _window(results["img"], left, top, width, height, fill)
+    results["img_shape"] = (height, width)
+    if results.get("gt_masks") is not None:
+        masks = [_window(mask, left, top, width, height, 0) for mask in results["gt_masks"]]
+        results["gt_masks"] = np.array(masks, np.uint8).reshape(-1, height, width)
+    if results.get("gt_bboxes") is not None:
+        before = results["gt_bboxes"]
+        boxes = np.clip(before - np.float32([left, top, left, top]), 0, np.float32([width, height] * 2))
+        keep = (_area(boxes) > 0) & (_area(boxes) >= min_visible * _area(before))
+        results["gt_bboxes"] = boxes[keep]
+        for key in ("gt_bboxes_labels", "gt_ignore_flags", "gt_masks"):
+            if key in results:
+                results[key] = results[key][keep]
+    return results
+
+
+def _window(image: np.ndarray, left: int, top: int, width: int, height: int, fill: float) -> np.ndarray:
+    window = np.full((height, width, *image.shape[2:]), fill, image.dtype)
+    y1, y2 = max(top, 0), min(top + height, image.shape[0])
+    x1, x2 = max(left, 0), min(left + width, image.shape[1])
+    if y2 > y1 and x2 > x1:                                  # the window reaches the image
+        window[y1 - top:y2 - top, x1 - left:x2 - left] = image[y1:y2, x1:x2]
+    return window
 
 
 def _area(boxes: np.ndarray) -> np.ndarray:

@@ -1,0 +1,50 @@
+"""From a feature map to the class of the whole image."""
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionkit.registry import HEADS
+
+# B images, C channels, N classes
+
+
+@HEADS.register_module()
+class ClassificationHead(nn.Module):
+    """The mean of the map over its locations, and a linear layer (Lin et al. 2014, arXiv:1312.4400, sec. 3.2; He et al. 2015).
+
+    Args:
+        in_channels: C of the map; its owner tells.
+        num_classes: N.
+        label_smoothing: the share of the target that goes evenly to all classes (Szegedy et al. 2016, arXiv:1512.00567, sec. 7).
+        dropout: of the mean, in training.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, label_smoothing: float = 0.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if not 0 <= label_smoothing < 1 or not 0 <= dropout < 1:
+            raise ValueError(f"label_smoothing and dropout lie within 0 and 1, 1 excluded; got {label_smoothing=}, {dropout=}")
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(in_channels, num_classes)
+
+    def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
+        """[B, N] logits.
+
+        Args:
+            features: [B, C, h, w], or [B, C] that is averaged already.
+            valid: [B, H, W] bool, true on the image and false on its padding; by default all is image.
+        """
+        if features.dim() == 4 and valid is not None:
+            share = F.interpolate(valid[:, None].to(features), size=features.shape[2:], mode="area")              # [B, 1, h, w]
+            features = (features * share).sum((2, 3)) / share.sum((2, 3))
+        elif features.dim() == 4:
+            features = features.mean((2, 3))
+        return self.linear(self.dropout(features))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy, the mean over the images; `labels` is [B] int64."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
