@@ -36,7 +36,11 @@ def on_two_ranks(tmp_path):
         batches = [(ImageBatch(images.tensor[part], images.sizes[part]), samples[part]) for part in (slice(half), slice(half, None))]
         torch.save((models, batches), tmp_path / "given.pt")
         ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank)]) for rank in range(2)]
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        try:
+            assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+        finally:
+            for rank in ranks:
+                rank.kill()                                  # one that waits for another that is gone
         return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     return step
 
