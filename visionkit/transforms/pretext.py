@@ -60,6 +60,9 @@ class FourRotations(nn.Module):
     batch, so no answer is more frequent than another. The views lie in memory as the images do.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, images: Tensor) -> Rotations:
         """[B, C, S, S] to its four views.
 
