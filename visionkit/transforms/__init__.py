@@ -8,7 +8,8 @@ from visionkit.transforms.loading import BrokenImageError, LoadAnnotations, Load
 from visionkit.transforms.packing import PackSample
 from visionkit.transforms.panoptic import BoxesFromMasks, LoadPanopticAnnotations
 from visionkit.transforms.pipeline import build_pipeline
+from visionkit.transforms.pretext import FourRotations, JigsawTiles, PatchGrid
 
-__all__ = ["Albumentations", "BoxesFromMasks", "BrokenImageError", "LoadAnnotations", "LoadImageFromFile", "LoadPanopticAnnotations",
-           "PackSample", "PhotoMetricDistortion", "RandomCrop", "RandomFlip", "RandomResizedCrop", "RandomShift", "Resize", "TestTimeAug",
-           "build_pipeline", "decode_image"]
+__all__ = ["Albumentations", "BoxesFromMasks", "BrokenImageError", "FourRotations", "JigsawTiles", "LoadAnnotations", "LoadImageFromFile",
+           "LoadPanopticAnnotations", "PackSample", "PatchGrid", "PhotoMetricDistortion", "RandomCrop", "RandomFlip", "RandomResizedCrop",
+           "RandomShift", "Resize", "TestTimeAug", "build_pipeline", "decode_image"]

@@ -3,6 +3,8 @@
 A backbone's `forward(images [B, 3, H, W])` returns a tuple of [B, C_i, H / s_i, W / s_i]; its attributes `out_channels` and `strides`
 tell the C_i and s_i.
 """
+from visionkit.models.backbones.conv_blocks import ConvBlocks
+from visionkit.models.backbones.nin import NIN
 from visionkit.models.backbones.resnet import ResNet
 
-__all__ = ["ResNet"]
+__all__ = ["NIN", "ConvBlocks", "ResNet"]

@@ -1,0 +1,7 @@
+"""Relative patch location R18 on photographs of blood cells with two of three colours dropped from each patch, so that chromatic aberration
+does not give its place away (arXiv:1505.05192, sec. 3.1); else relative_patch_r18_bccd.py. Not measured yet.
+
+VISIONKIT_DATA=where/the/data/is python tools/train.py configs/relative_patch/relative_patch_r18_drop_bccd.py
+"""
+_base_ = "relative_patch_r18_bccd.py"
+model = dict(puzzle=dict(color="drop"))

@@ -1,0 +1,34 @@
+"""By how much an image is turned, told from its features (Gidaris et al. 2018, arXiv:1803.07728)."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionkit.registry import HEADS
+
+# N views, C channels
+
+
+@HEADS.register_module()
+class RotationHead(nn.Module):
+    """Global average pooling and a linear layer to the four rotations.
+
+    Args:
+        in_channels: C, of the feature map.
+    """
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(in_channels, 4)
+        nn.init.normal_(self.classify.weight, std=0.01)
+        nn.init.zeros_(self.classify.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, C, h, w] to logits [N, 4], in float32 also under autocast."""
+        logits = self.classify(features.mean((2, 3)))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of [..., 4] with [...] int64, the mean over all views."""
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten())

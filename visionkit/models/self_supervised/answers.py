@@ -1,0 +1,43 @@
+"""What models that solve puzzles share: whole images to make the puzzles of, and answers beside the right ones."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from visionkit.structures import ImageBatch, InstanceData, Sample
+
+# B images, T puzzles an image, K answers to choose from
+
+
+class Answers(NamedTuple):
+    """What a model says of each puzzle, and what is right."""
+    logits: Tensor      # [B, T, K]
+    labels: Tensor      # [B, T] int64
+
+    @torch.no_grad()
+    def accuracy(self) -> Tensor:
+        """The part of the puzzles that are solved, a scalar."""
+        return (self.logits.argmax(-1) == self.labels).float().mean()
+
+    def into(self, samples: list[Sample]) -> list[Sample]:
+        """`samples` with probabilities [T, K] and labels [T] as their `pretext`."""
+        for sample, scores, labels in zip(samples, self.logits.softmax(-1), self.labels, strict=True):
+            sample.pretext = InstanceData(scores=scores, labels=labels)
+        return samples
+
+
+def whole_images(images: ImageBatch) -> Tensor:
+    """[B, 3, H, W] of a batch without padding, whose place in a view or patch would give the answer away.
+
+    Raises:
+        ValueError: an image is padded.
+    """
+    if images.padded:
+        height, width = images.tensor.shape[2:]
+        smaller = next(size for size in images.sizes if size != (height, width))
+        raise ValueError(f"padding gives the answer of a puzzle away, and an image of {smaller[0]}x{smaller[1]} is padded to "
+                         f"{height}x{width}; end the pipeline with a crop or resize that makes all images one size, and set "
+                         f"data_preprocessor=dict(type='ImagePreprocessor', pad_divisor=1)")
+    return images.tensor
