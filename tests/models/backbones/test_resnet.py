@@ -217,6 +217,7 @@ def test_the_release_has_72_offset_channels_of_dilation_2_in_each_of_three_block
 
 @pytest.mark.parametrize("dcn", [V1, V2], ids=["DCNv1", "DCNv2"])
 def test_offset_branches_start_at_zero_and_learn_in_the_first_step(dcn):
+    """Spec 03, item 6: a gradient, and other weights after the step."""
     resnet = ResNet(18, dcn=dcn, stage_with_dcn=(False, False, True, True), zero_init_residual=False)
     branches = {name: value for name, value in resnet.named_parameters() if "conv_offset" in name}
     assert len(branches) == 8
