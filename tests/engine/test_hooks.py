@@ -143,13 +143,6 @@ def test_one_part_is_filled_from_a_checkpoint_of_another_model(toy, trunk_file):
     assert f"Linear: loaded 2 tensors of {trunk_file}, whose names there have the prefix 'module.trunk.'; left out 2" in log_of(runner)
 
 
-def test_averaged_weights_begin_with_the_part_too(toy, trunk_file):
-    runner = toy(*still("run", f"load_from={trunk_file}", "load_from_part=classify", "+custom_hooks.1={'type': 'EMAHook'}"))
-    (averaged,) = (hook.ema_model.module for hook in runner.hooks if hasattr(hook, "ema_model"))
-    assert averaged.classify.bias.tolist() == [0.5]
-    assert averaged.classify.weight.tolist() == [[0.25] * 4]
-
-
 def test_a_resumed_run_and_a_test_take_their_own_weights_whole(toy, toy_file, trunk_file, validation, tmp_path):
     part = [f"load_from={trunk_file}", "load_from_part=classify"]
     toy("run", *part)

@@ -102,9 +102,6 @@ class CheckpointHook(Hook):
         """Fill one part of the model; what the runner loads afterwards are the model's own weights."""
         load_part(part_of(model, part), checkpoint["state_dict"], str(runner._load_from))
         checkpoint["state_dict"] = model.state_dict()
-        for hook in runner.hooks:
-            if isinstance(hook, EMAHook):                    # it has taken whatever in the checkpoint is called like something of the model
-                hook.ema_model.module.load_state_dict(checkpoint["state_dict"])
 
     # when to save
 
