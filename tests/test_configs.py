@@ -1,3 +1,4 @@
+import random
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,11 @@ def test_every_recipe_card_opens_with_its_command(card):
     text = card.read_text()
     assert text.startswith('"""')
     assert f"tools/train.py {card.relative_to(ROOT)}" in text.split('"""')[1]
+
+
+def test_the_cards_with_and_without_a_pretrained_trunk_differ_in_nothing_else():
+    without, pretrained = (load_config(ROOT / f"configs/faster_rcnn/faster_rcnn_r18_fpn_bccd_10percent{end}.py").to_dict()
+                           for end in ("", "_pretrained"))
+    assert {key for key in without if without[key] != pretrained[key]} == {"load_from", "load_from_part"}
+    assert pretrained["load_from_part"] == "backbone"
+    assert without["train_dataloader"]["dataset"]["indices"] == sorted(random.Random(0).sample(range(205), 20))

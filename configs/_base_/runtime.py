@@ -24,5 +24,6 @@ env_cfg = dict(cudnn_benchmark=False, mp_cfg=dict(mp_start_method="fork", opencv
 work_dir = None                    # work_dirs/<name of the config>
 load_from = None                   # weights to start from: .pth or .safetensors
 load_from_strict = True            # weights that fill under 90 % of the model are an error
+load_from_part = None              # the part that they are loaded into, such as "backbone"; None: all of the model
 resume = False
 launcher = "none"

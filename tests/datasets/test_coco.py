@@ -118,6 +118,7 @@ def test_a_wrong_prefix_is_named(write_coco):
 
 
 @pytest.mark.parametrize("change, message", [
+    (lambda c: c.clear(), "not in COCO's format.*found nothing$"),
     (lambda c: c.pop("categories"), "not in COCO's format.*found images, annotations"),
     (lambda c: c["images"][1].pop("width"), r"images\[1\] of .*train.json has no 'width'"),
     (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 of .* has no `bbox`"),
@@ -125,7 +126,8 @@ def test_a_wrong_prefix_is_named(write_coco):
     (lambda c: c["images"][1].update(id=10), "gives the image id 10 to two files"),
     (lambda c: c["categories"][0].update(name="cat"), "ann_file: .*more than one category called 'cat'"),
     (lambda c: c["images"].clear(), "has no records: .* lists no image"),
-], ids=["no categories", "no width", "no bbox", "unknown category", "one id for two files", "one name for two categories", "no images"])
+], ids=["nothing", "no categories", "no width", "no bbox", "unknown category", "one id for two files", "one name for two categories",
+        "no images"])
 def test_a_file_that_cannot_be_used_is_an_error_that_says_why(write_coco, change, message):
     with pytest.raises(ConfigError, match=message):
         coco(write_coco(change))

@@ -117,6 +117,56 @@ def test_checkpoints_hold_only_what_a_safe_loader_takes(toy, tmp_path):
     assert runner.message_hub.get_scalar("train/loss").data[0].shape == (18,)
 
 
+# ------------------------------------------------------------------------------------------------- weights for a part alone
+
+@pytest.fixture
+def trunk_file(toy_parts, tmp_path):
+    """A trunk that fits the toy's `classify`, and under that name something else."""
+    path = tmp_path / "trunk.pth"
+    torch.save({"state_dict": {"module.trunk.weight": torch.full((1, 4), 0.25), "module.trunk.bias": torch.full((1,), 0.5),
+                               "classify.bias": torch.full((1,), 9.0), "puzzle.order": torch.zeros(3)}}, path)
+    return path
+
+
+def still(name, *options):
+    return (name, "optim_wrapper.optimizer.lr=0.0", *options)
+
+
+def test_one_part_is_filled_from_a_checkpoint_of_another_model(toy, trunk_file):
+    runner = toy(*still("run", f"load_from={trunk_file}", "load_from_part=classify", "randomness.seed=3"))
+    other = toy(*still("other", "randomness.seed=3"))
+    assert runner.model.classify.weight.tolist() == [[0.25] * 4]
+    assert runner.model.classify.bias.tolist() == [0.5]
+    untouched = [name for name, value in runner.model.state_dict().items() if torch.equal(value, other.model.state_dict()[name])]
+    assert untouched
+    assert {*runner.model.state_dict()} - {*untouched} == {"classify.weight", "classify.bias"}
+    assert f"Linear: loaded 2 tensors of {trunk_file}, whose names there have the prefix 'module.trunk.'; left out 2" in log_of(runner)
+
+
+def test_a_resumed_run_and_a_test_take_their_own_weights_whole(toy, toy_file, trunk_file, validation, tmp_path):
+    part = [f"load_from={trunk_file}", "load_from_part=classify"]
+    toy("run", *part)
+    saved = read_checkpoint(tmp_path / "run" / "epoch_2.pth")["state_dict"]
+    assert saved["classify.bias"].item() != 0.5                                                  # it was trained on
+    runner = toy("run", *part, "train_cfg.max_epochs=2", resume=True)
+    assert all(torch.equal(value, saved[name]) for name, value in runner.model.state_dict().items())
+    more = validation + validation.replace("val_", "test_").replace("ValLoop", "TestLoop")
+    alone = evaluate(load_config(toy_file(more)), tmp_path / "run" / "epoch_2.pth", work_dir=tmp_path / "test")
+    assert evaluate(load_config(toy_file(more), part), tmp_path / "run" / "epoch_2.pth", work_dir=tmp_path / "test") == alone
+
+
+@pytest.mark.parametrize("options, said", [
+    (["load_from_part=clasify"], r"^load_from_part: ToyModel has no part 'clasify'\. Did you mean 'classify'"),
+    (["load_from_part=features"], r"does not hold the weights of this Sequential: under no prefix .*Nearest: none"),
+    (["load_from_part=classify", "+model.width=5"], r"another shape \(Linear <- checkpoint\) \(1\): weight \(1, 5\) <- \(1, 4\)"),
+    (["load_from_part=classify", "load_from=None"], "^load_from_part: .*`load_from`, which is not set"),
+    (["load_from_part=classify", "default_hooks.checkpoint=None"], "^load_from_part: it is the CheckpointHook that reads this"),
+])
+def test_a_part_that_cannot_be_filled_is_an_error(toy, trunk_file, options, said):
+    with pytest.raises(ConfigError, match=said):
+        toy("run", f"load_from={trunk_file}", *options)
+
+
 # -------------------------------------------------------------------------------------------------------------------- seeds
 
 def test_every_iteration_draws_other_numbers_and_the_seed_chooses_them(toy, toy_parts):

@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from visionkit.engine.preflight import check_classes, check_components, check_keys, preflight
+from visionkit.engine.preflight import check_classes, check_components, check_keys, check_sections, preflight
 from visionkit.models.base import Model
 from visionkit.registry import DATASETS, HEADS, HOOKS, MODELS, TRANSFORMS, ConfigError
 
@@ -250,6 +250,17 @@ def test_the_number_by_which_the_best_is_kept_is_one_that_validation_reports(fol
 
 def test_weights_to_start_from_are_looked_for(folder):
     fails(runnable(folder, load_from="weights.pth"), r"^load_from: no file 'weights\.pth'")
+
+
+@pytest.mark.parametrize("backbone, said", [
+    (dict(pretrained="trunk.pth"), r"^model\.backbone\.pretrained: no file 'trunk\.pth'"),
+    (dict(init_cfg=dict(type="Pretrained", checkpoint="trunk.pth")), r"^model\.backbone\.init_cfg\.checkpoint: no file 'trunk\.pth'")])
+def test_the_weights_of_a_part_are_looked_for_where_it_is_trained(folder, backbone, said):
+    cfg = runnable(folder, model__backbone=dict(type="ResNet", depth=18, **backbone))
+    with pytest.raises(ConfigError, match=said):
+        check_sections(cfg, training=True)
+    check_sections(cfg, training=False)                      # a test has them from its checkpoint
+    check_sections(runnable(folder, model__backbone=dict(pretrained="torchvision://resnet18")), training=True)
 
 
 @pytest.mark.parametrize("absent, training, said", [

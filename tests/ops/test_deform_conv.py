@@ -97,6 +97,7 @@ def test_a_tap_moved_by_half_a_pixel_reads_the_mean_of_two():
 
 
 def test_offsets_come_in_pairs_of_dy_dx_tap_by_tap():
+    """Spec 03, item 4: channel 8 is the dy of the centre tap."""
     input = torch.arange(30.0).view(1, 1, 5, 6)
     weight = torch.zeros(1, 1, 3, 3)
     weight[0, 0, 1, 1] = 1                                                    # only the centre tap, the fifth, counts
@@ -112,6 +113,7 @@ def test_offsets_come_in_pairs_of_dy_dx_tap_by_tap():
 ], ids=["plain", "strided", "dilated", "groups", "two offset groups", "four"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_zero_offsets_are_a_convolution_to_the_bit(options, dtype):
+    """Spec 03, item 1: difference 0.0."""
     arguments = case(**options, spread=0, dtype=dtype)
     settings = (arguments[name] for name in ("input", "weight", "bias", "stride", "padding", "dilation"))
     plain = F.conv2d(*settings, options.get("groups", 1))
@@ -121,6 +123,7 @@ def test_zero_offsets_are_a_convolution_to_the_bit(options, dtype):
 
 
 def test_whole_offsets_shift_the_input():
+    """Spec 03, item 3: away from the border."""
     arguments = case(spread=0, size=(9, 10), padding=0)
     arguments["offset"][:, 0::2], arguments["offset"][:, 1::2] = 2, -1
     shifted = F.conv2d(arguments["input"].roll((-2, 1), (2, 3)), arguments["weight"], arguments["bias"])
@@ -130,6 +133,7 @@ def test_whole_offsets_shift_the_input():
 @pytest.mark.parametrize("border", ["fade", "clamp"])
 @pytest.mark.parametrize("options", [{}, {"masked": True, "offset_groups": 2, "groups": 2, "stride": 2}], ids=["v1", "v2"])
 def test_gradients_agree_with_finite_differences(options, border):
+    """Spec 03, item 2: gradcheck of the input, weight, bias and offset."""
     arguments = case(channels=2 * options.get("groups", 1), outputs=2, size=(4, 4), batch=1, **options)
     settings = {name: arguments.pop(name) for name in ("stride", "padding", "dilation")}
     names = [name for name, value in arguments.items() if value is not None]
@@ -139,7 +143,7 @@ def test_gradients_agree_with_finite_differences(options, border):
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_deform_conv2d_gives_torchvisions_numbers_and_gradients(options):
-    """Differences up to 4e-15, and 7e-15 of the gradients."""
+    """Spec 03, item 2. Differences up to 4e-15, and 7e-15 of the gradients."""
     peer = pytest.importorskip("torchvision", reason="the peer to compare with is not installed", exc_type=ImportError).ops.deform_conv2d
     arguments = case(**options)
     variables = leaves(arguments)

@@ -63,6 +63,7 @@ def test_a_bin_is_the_mean_of_4x4_samples_from_its_edge_on():
 
 @pytest.mark.parametrize("axis, slopes", [(0, (1.0, 0.0)), (1, (0.0, 2.0))], ids=["x", "y"])
 def test_an_offset_moves_a_bin_by_a_tenth_of_the_roi_x_first(axis, slopes):
+    """Spec 03, item 7: on a ramp, to 1e-12."""
     y, x = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
     ramp = (3 * x + 2 * y)[None, None].double()
     rois = torch.tensor([[0, 10.0, 12, 21, 19]], dtype=torch.float64)      # 12 x 8 pixels
@@ -111,6 +112,7 @@ def test_each_bin_reads_maps_of_its_own():
 
 
 def test_each_class_moves_with_its_own_offsets():
+    """Spec 03, item 7: the class whose offsets are 0 stays to the bit."""
     input, rois, offset = case(4 * 6, 2)
     still = deform_ps_roi_pool(input, rois, torch.zeros_like(offset), (2, 3), 1 / 8)
     offset[:, :2] = 0

@@ -67,7 +67,7 @@ def test_the_vote_over_constant_maps_of_a_class_is_their_value():
 @pytest.mark.parametrize("rule", ["torchvision", "r_fcn"])
 @pytest.mark.parametrize("rows, columns", [(3, 3), (1, 1), (2, 4)])
 def test_ps_roi_pool_agrees_with_the_definition(rows, columns, rule):
-    """Differences up to 2e-16, by either rule."""
+    """Spec 02, item 2. Differences up to 2e-16, by either rule."""
     input, rois = case(rows=rows, columns=columns)
     expected = ps_roi_pool_by_hand(input, rois, rows, columns, 1 / 8, rule)
     torch.testing.assert_close(ps_roi_pool(input, rois, (rows, columns), 1 / 8, rule=rule), expected, rtol=0, atol=1e-12)
@@ -161,7 +161,7 @@ def test_the_module_calls_the_function_with_its_settings():
 
 
 def test_ps_roi_pool_gives_torchvisions_numbers_and_inside_its_gradients():
-    """Differences 0.0, of both."""
+    """Spec 02, item 2. Differences 0.0, of both."""
     peer = pytest.importorskip("torchvision", reason="the peer to compare with is not installed", exc_type=ImportError).ops.ps_roi_pool
     input, rois = case()
     input.requires_grad_()

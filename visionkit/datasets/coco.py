@@ -117,7 +117,7 @@ def read_coco(file: str, needed: Mapping[str, tuple[str, ...]] = NEEDED) -> dict
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}", ("ann_file",)) from error
     if not isinstance(content, dict) or "images" not in content or "categories" not in content:
-        has = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        has = (", ".join(content) or "nothing") if isinstance(content, dict) else type(content).__name__
         raise ConfigError(f"{file} is not in COCO's format: wanted `images`, `annotations` and `categories`, found {has}", ("ann_file",))
     content.setdefault("annotations", [])
     for part, keys in needed.items():

@@ -372,6 +372,22 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], source: str, s
            "A run is resumed with the model it was started with; to start a new one from these weights use load_from."))
 
 
+def part_of(model: nn.Module, name: str) -> nn.Module:
+    """The part of `model` that `load_from_part` names, such as `backbone` or `roi.pooling`.
+
+    Raises:
+        ConfigError: the model has no such part.
+    """
+    part = model
+    for piece in str(name).split("."):
+        children = dict(part.named_children())
+        if piece not in children:
+            raise ConfigError(f"{type(part).__name__} has no part {piece!r}.{did_you_mean(piece, children)} It has: {', '.join(children)}.",
+                              ("load_from_part",))
+        part = children[piece]
+    return part
+
+
 def load_weights(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> None:
     """Load the weights of a .pth or .safetensors file into `model`.
 

@@ -21,10 +21,12 @@ from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_siz
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import nn
 
-from visionkit.engine.checkpoint import ENOUGH, check_fit, sweep_partial_files, to_history, to_plain, write_atomically
+from visionkit.engine.checkpoint import ENOUGH, check_fit, part_of, sweep_partial_files, to_history, to_plain, write_atomically
 from visionkit.engine.loops import geometry
 from visionkit.engine.schedules import continue_schedule, group_settings
+from visionkit.models.backbones.pretrained import load_part
 from visionkit.registry import HOOKS, ConfigError, did_you_mean
 
 
@@ -85,13 +87,21 @@ class CheckpointHook(Hook):
         resuming = runner._resume
         self.configured = group_settings(runner) if resuming else None
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        if resuming or runner.cfg.get("load_from_strict", True):
+        part = None if resuming else runner.cfg.get("load_from_part")
+        if part is not None:
+            self._load_part(runner, model, part, checkpoint)
+        elif resuming or runner.cfg.get("load_from_strict", True):
             check_fit(model, checkpoint["state_dict"], str(runner._load_from), share=1.0 if resuming else ENOUGH)
         if resuming:
             checkpoint["message_hub"]["log_scalars"] = to_history(checkpoint["message_hub"]["log_scalars"])
             metainfo = getattr(runner.train_dataloader.dataset, "metainfo", None)
             if to_plain(metainfo) == checkpoint["meta"].get("dataset_meta"):
                 checkpoint["meta"]["dataset_meta"] = metainfo  # mmengine compares pickles, which differ for equal values
+
+    def _load_part(self, runner: Runner, model: nn.Module, part: str, checkpoint: dict) -> None:
+        """Fill one part of the model; what the runner loads afterwards are the model's own weights."""
+        load_part(part_of(model, part), checkpoint["state_dict"], str(runner._load_from))
+        checkpoint["state_dict"] = model.state_dict()
 
     # when to save
 

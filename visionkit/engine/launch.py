@@ -79,7 +79,7 @@ def test(cfg: Config, checkpoint: str | os.PathLike, *, launcher: str | None = N
         ConfigError: something in `cfg` cannot be used, or the checkpoint does not fit its model.
     """
     cfg = _prepared(cfg, launcher, work_dir)
-    cfg.load_from, cfg.resume = os.fspath(checkpoint), False
+    cfg.load_from, cfg.load_from_part, cfg.resume = os.fspath(checkpoint), None, False
     if tta or amp:
         use_inference_loop(cfg, tta, amp)
     keep_freed_memory()

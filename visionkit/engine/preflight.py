@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from visionkit.datasets.sampler import seeded
+from visionkit.engine.checkpoint import part_of
 from visionkit.registry import (
     BACKBONES,
     DATASETS,
@@ -74,7 +75,9 @@ RUNNER_TAKES = {HOOKS: {"priority"}, PARAM_SCHEDULERS: {"convert_to_iter_based"}
 LOADER_TAKES = {"dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "num_batch_per_epoch",
                 "disable_subprocess_warning"}
 # Top-level keys that somebody reads, beside the arguments of mmengine's Runner.
-OTHER_KEYS = {"custom_imports", "runner_type", "model_wrapper_cfg", "sync_bn", "load_from_strict", "find_unused_parameters", "tta"}
+OTHER_KEYS = {"custom_imports", "runner_type", "model_wrapper_cfg", "sync_bn", "load_from_strict", "load_from_part",
+              "find_unused_parameters", "tta"}
+FILES = (".pth", ".pt", ".safetensors")                       # what weights are called that lie here
 # What the Runner wants all together or not at all.
 SECTIONS = (("train_dataloader", "train_cfg", "optim_wrapper"), ("val_dataloader", "val_cfg", "val_evaluator"),
             ("test_dataloader", "test_cfg", "test_evaluator"))
@@ -97,6 +100,8 @@ def preflight(cfg: Config, training: bool = True) -> None:
     check_sections(cfg, training)
     with seeded(0), DefaultScope.overwrite_default_scope(SCOPE):
         model = build_parts(cfg, training)
+        if training and cfg.get("load_from_part"):
+            part_of(model, cfg.load_from_part)
         classes: dict[Path, tuple[str, ...]] = {}
         for path, section in _loaders(cfg, training):
             dataset, sampler = build_data(section, *path)
@@ -251,12 +256,29 @@ def check_sections(cfg: Mapping[str, Any], training: bool) -> None:
     weights = cfg.get("load_from")
     if weights and "://" not in weights and not os.path.isfile(os.path.expanduser(weights)):
         raise ConfigError(f"no file {weights!r} to load weights from", ("load_from",))
+    if cfg.get("load_from_part") and not weights:
+        raise ConfigError("this says what of the model to fill from `load_from`, which is not set", ("load_from_part",))
+    if cfg.get("load_from_part") and (cfg.get("default_hooks") or {}).get("checkpoint", True) is None:
+        raise ConfigError("it is the CheckpointHook that reads this; leave default_hooks.checkpoint as it is", ("load_from_part",))
+    for path, weights in _pretrained(cfg.model, ("model",)) if training else ():
+        if not os.path.isfile(os.path.expanduser(weights)):
+            raise ConfigError(f"no file {weights!r} to load weights from", path)
     for group in SECTIONS:
         absent = [key for key in group if cfg.get(key) is None]
         needed = group[0] == ("train_dataloader" if training else "test_dataloader")
         if absent and (needed or len(absent) < len(group)):
             raise ConfigError(f"{', '.join(group)} belong together, and the config has no {' and no '.join(absent)}; "
                               f"{'set it' if needed else 'set it, or set all three to None'}", (absent[0],))
+
+
+def _pretrained(node: Any, path: Path) -> Iterator[tuple[Path, str]]:
+    """Every file that a part of the model is to be filled from, with its path in the config."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            initial = key == "checkpoint" and path[-1] == "init_cfg"
+            if (key == "pretrained" or initial) and isinstance(value, str) and "://" not in value and value.endswith(FILES):
+                yield (*path, key), value
+            yield from _pretrained(value, (*path, key))
 
 
 def build_parts(cfg: Config, training: bool) -> nn.Module:

@@ -4,6 +4,7 @@ from torch import nn
 
 from visionkit.models.backbones import ResNet
 from visionkit.ops import DeformConv2dPack
+from visionkit.registry import ConfigError
 from visionkit.testing import check_backbone
 
 V1, V2 = {"type": "DeformConv2dPack", "offset_groups": 4}, {"type": "ModulatedDeformConv2dPack", "offset_groups": 2}
@@ -91,8 +92,47 @@ def test_pretrained_weights_are_loaded_before_training(tmp_path):
     resnet = ResNet(18, pretrained=str(tmp_path / "resnet18.pth"))
     resnet.init_weights()
     assert torch.equal(resnet.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
-    with pytest.raises(ValueError, match="does not hold the weights of this ResNet"):
+    with pytest.raises(ConfigError, match=r"of this ResNet: under no prefix .* Nearest: under '' 100 of 265"):
         ResNet(50, pretrained=str(tmp_path / "resnet18.pth")).init_weights()
+
+
+def test_networks_of_another_depth_are_refused_in_both_directions(tmp_path):
+    """Each name of depth 18 is one of depth 50 with another shape, and one of depth 34 with the same shape."""
+    for depth, said in ((50, r"of another shape \(ResNet <- checkpoint\) .*layer1.0.conv1.weight \(64, 64, 3, 3\) <- \(64, 64, 1, 1\)"),
+                        (34, r"not in this ResNet \(\d+\): layer1\.2\.conv1\.weight")):
+        torch.save(ResNet(depth).state_dict(), tmp_path / "deeper.pth")
+        with pytest.raises(ConfigError, match=said):
+            ResNet(18, pretrained=str(tmp_path / "deeper.pth")).init_weights()
+
+
+def test_the_trunk_of_a_self_supervised_run_fills_a_deformable_network(tmp_path):
+    """`backbone.*` beside `head.*` and `puzzle.*`; offsets, which a plain network has not, stay zero, but half of them is an error."""
+    donor, path = ResNet(18), str(tmp_path / "epoch_10.pth")
+    tensors = {f"backbone.{name}": value for name, value in donor.state_dict().items()}
+    tensors |= {"head.weight": torch.zeros(100, 512), "puzzle.permutations": torch.zeros(100, 9)}
+    torch.save({"state_dict": tensors, "meta": {"epoch": 10}}, path)
+    resnet = ResNet(18, pretrained=path, out_stages=(3, 4), dcn=V1, stage_with_dcn=(False, False, True, False))
+    resnet.init_weights()
+    assert all(torch.equal(value, donor.state_dict()[name]) for name, value in resnet.state_dict().items() if "offset" not in name)
+    assert not any(value.any() for name, value in resnet.state_dict().items() if "offset" in name)
+    torch.save({**tensors, "backbone.layer3.0.conv2.conv_offset.weight": torch.zeros(72, 256, 3, 3)}, path)
+    with pytest.raises(ConfigError, match=r"missing in the checkpoint \(3\): layer3.0.conv2.conv_offset.bias"):
+        resnet.init_weights()
+
+
+def test_mmengines_form_names_the_prefix(tmp_path):
+    torch.manual_seed(0)
+    student, teacher = ResNet(18, out_stages=(2,)), ResNet(18, out_stages=(2,))
+    torch.save({f"{prefix}.{name}": value for prefix, network in (("student", student), ("teacher", teacher))
+                for name, value in network.state_dict().items()}, tmp_path / "two.pth")
+    init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "two.pth"), "prefix": "teacher"}
+    resnet = ResNet(18, out_stages=(2,), init_cfg=init_cfg)
+    resnet.init_weights()
+    assert torch.equal(resnet.conv1.weight, teacher.conv1.weight)
+    with pytest.raises(ConfigError, match="2 times, under 'student.', 'teacher.'; say which with the backbone's init_cfg"):
+        ResNet(18, out_stages=(2,), pretrained=str(tmp_path / "two.pth")).init_weights()
+    with pytest.raises(ConfigError, match="nothing of a ResNet under the prefix 'teachr.'. Did you mean 'teacher.'?"):
+        ResNet(18, out_stages=(2,), init_cfg={**init_cfg, "prefix": "teachr."}).init_weights()
 
 
 def test_blocks_that_are_never_trained_do_not_start_as_the_identity():
@@ -114,6 +154,9 @@ def test_blocks_that_are_never_trained_do_not_start_as_the_identity():
     ({"depth": 18, "dcn": V1, "stage_with_dcn": LAST, "out_stages": (3, 4)}, r"a stage beyond the last of out_stages=\(3, 4\)"),
     ({"depth": 18, "dcn": {"type": "DeformConv2dPak"}, "stage_with_dcn": LAST}, "^dcn.type: no op named 'DeformConv2dPak'"),
     ({"depth": 18, "dcn": {"type": "DeformConv2d"}, "stage_with_dcn": LAST}, "take DeformConv2dPack, which computes its own"),
+    ({"depth": 18, "init_cfg": {"type": "Kaiming"}}, r"^init_cfg: a backbone takes .*type='Pretrained', checkpoint=...\), got"),
+    ({"depth": 18, "init_cfg": {"type": "Pretrained", "checkpoint": "a.pth", "prefx": ""}}, "^init_cfg.prefx: .* Did you mean 'prefix'"),
+    ({"depth": 18, "pretrained": "a.pth", "init_cfg": {"type": "Pretrained", "checkpoint": "a.pth"}}, "say the same; leave one out"),
     ({"depth": 34, "stride_in_1x1": True}, "the blocks of depth 34 have no 1x1 convolution"),
 ])
 def test_wrong_settings_are_refused(arguments, message):
@@ -174,6 +217,7 @@ def test_the_release_has_72_offset_channels_of_dilation_2_in_each_of_three_block
 
 @pytest.mark.parametrize("dcn", [V1, V2], ids=["DCNv1", "DCNv2"])
 def test_offset_branches_start_at_zero_and_learn_in_the_first_step(dcn):
+    """Spec 03, item 6: a gradient, and other weights after the step."""
     resnet = ResNet(18, dcn=dcn, stage_with_dcn=(False, False, True, True), zero_init_residual=False)
     branches = {name: value for name, value in resnet.named_parameters() if "conv_offset" in name}
     assert len(branches) == 8

@@ -221,7 +221,7 @@ def test_maps_that_no_stage_would_work_on_are_refused():
 
 
 def test_the_deformable_detector_starts_as_the_one_whose_convolutions_and_bins_stay():
-    """Difference 0.0, of deformable convolution and deformable pooling together."""
+    """Spec 03, item 5. Difference 0.0, of deformable convolution and deformable pooling together."""
     torch.manual_seed(0)
     plain_backbone = {key: value for key, value in DEFORMABLE["backbone"].items() if "dcn" not in key}
     plain, deformable = MODELS.build(DEFORMABLE | {"backbone": plain_backbone}).eval(), MODELS.build(DEFORMABLE).eval()

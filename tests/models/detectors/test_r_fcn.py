@@ -110,7 +110,7 @@ def test_it_learns_two_images_by_heart(learn_by_heart, deformable):
 
 
 def test_deformable_convolutions_start_as_plain_ones():
-    """Predictions of R-FCN with and without deformable C5 differ by 0.0."""
+    """Spec 03, item 5. Predictions of R-FCN with and without deformable C5 differ by 0.0."""
     torch.manual_seed(0)
     plain, deformable = MODELS.build(config(score_threshold=0.0)).eval(), MODELS.build(config(DCN, score_threshold=0.0)).eval()
     deformable.load_state_dict(plain.state_dict())
@@ -126,7 +126,7 @@ def test_deformable_convolutions_start_as_plain_ones():
 @pytest.mark.parametrize("num_classes, bins, class_channels, box_channels", [(20, 7, 1029, 392), (80, 7, 3969, 392), (3, 3, 36, 72),
                                                                             (3, 1, 4, 8)])
 def test_channels_follow_from_classes_and_bins(num_classes, bins, class_channels, box_channels):
-    """k^2 (C + 1) and 8 k^2: 1029 and 392 for VOC, 3969 and 392 for COCO."""
+    """Spec 02, item 1. k^2 (C + 1) and 8 k^2: 1029 and 392 for VOC, 3969 and 392 for COCO."""
     roi = head(num_classes=num_classes, bins=bins)
     class_maps, box_maps = roi.score_maps([torch.zeros(1, 8, 4, 6)])
     assert class_maps.shape == (1, class_channels, 4, 6)
@@ -143,7 +143,7 @@ def test_offset_channels_follow_from_classes_and_bins(num_classes, offset_channe
 
 
 def test_there_is_no_parameter_after_pooling():
-    """Those of the head: 16 * 8 + 16 of conv_new, 36 * 16 + 36 of the classes, 72 * 16 + 72 of the boxes; the vote reads none."""
+    """Spec 02, item 5. Those of the head: 16 * 8 + 16 of conv_new, 36 * 16 + 36 of classes, 72 * 16 + 72 of boxes; the vote reads none."""
     roi = head()
     assert sum(value.numel() for value in roi.parameters()) == (8 + 1) * 16 + (16 + 1) * 36 + (16 + 1) * 72
     maps = tuple(value.detach() for value in roi.score_maps([torch.randn(1, 8, 16, 24)]))
@@ -171,7 +171,7 @@ def test_the_score_is_the_mean_of_what_each_bin_reads_of_its_own_maps():
 
 @pytest.mark.parametrize("deformable", [False, True])
 def test_constant_maps_of_a_class_give_that_constant(deformable):
-    """Spec: the vote is the mean over all bins: logit v to the last bit but one, whatever the box."""
+    """Spec 02, item 4: the vote is the mean over all bins: logit v to the last bit but one, whatever the box."""
     roi = head(deformable=deformable)
     maps = torch.randn(1, 36, 16, 24)
     maps[:, slice(9, 18) if deformable else slice(1, None, 4)] = 2.75                             # class 1 in every bin
@@ -259,7 +259,7 @@ def test_a_plain_r_fcn_is_where_a_deformable_one_may_start():
 
 
 def test_eight_times_the_regions_cost_hardly_more():
-    """The head of VOC on a 600 x 800 image, 400 regions against 50: 1.03 times the time on two cores. (COCO's 1.02.)"""
+    """Spec 02, item 7. The head of VOC on a 600 x 800 image, 400 regions against 50: 1.03 times the time on two cores. (COCO's 1.02.)"""
     roi = PositionSensitiveHead(20, (512,), (16,)).eval()                                         # a quarter of res5's channels
     features = [torch.randn(1, 512, 38, 50)]
     boxes = {count: [some_boxes(count, (600, 800))] for count in (50, 400)}
@@ -294,6 +294,7 @@ def watched(**changes) -> Watched:
 
 
 def test_the_128_hardest_of_all_regions_learn_and_no_other():
+    """Spec 02, item 6: 128 of 302 and 128 of 202 regions have a gradient."""
     roi = watched()
     proposals = [some_boxes(300), some_boxes(200, seed=1)]
     losses = roi.loss([10 * torch.randn(2, 8, 16, 24)], proposals, [sample(), sample()])
@@ -378,7 +379,7 @@ def test_background_inside_a_crowd_is_neither_ranked_nor_learned_from():
 
 
 def test_only_the_foreground_box_is_learned_and_used():
-    """8 k^2 maps are two boxes for each bin; the first belongs to the background and never has a gradient."""
+    """Spec 02, item 8. 8 k^2 maps are two boxes for each bin; the first belongs to the background and never has a gradient."""
     roi = head()
     roi.loss([torch.randn(1, 8, 16, 24)], [some_boxes(40)], [sample()])["loss_box"].backward()
     gradient = roi.regress.maps.bias.grad.view(9, 2, 4)

@@ -34,6 +34,7 @@ def rates(card: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("card", CARDS)
 def test_c5_has_stride_16_and_is_dilated_in_three_convolutions(card):
+    """Spec 02, item 3: stride 16, dilation 2 in 3 convolutions."""
     model, _ = build(card)
     assert model.backbone.strides == (16, 16)
     dilated = [name for name, module in model.backbone.named_modules()
@@ -109,6 +110,7 @@ def test_the_schedule_is_the_releases(card, images):
 
 
 def test_only_the_fully_connected_offsets_learn_at_a_hundredth():
+    """Spec 03, item 8: 0.01, of two parameters."""
     multiples = rates("faster_rcnn/deformable_faster_rcnn_r101_coco")
     assert {name for name, rate in multiples.items() if rate != 1} == {"roi.pooling.offset.weight", "roi.pooling.offset.bias"}
     assert multiples["roi.pooling.offset.weight"] == pytest.approx(0.01)

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from visionkit.models.backbones.pretrained import load_pretrained, pretrained_from
 from visionkit.ops import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
 from visionkit.ops.checkpointing import recompute
 from visionkit.registry import BACKBONES, OPS
@@ -169,7 +169,9 @@ class ResNet(nn.Module):
         dilations: of the 3x3 convolutions of stages 2 to 5.
         dilate_first: whether that holds for the first 3x3 convolution of a stage too. Where torchvision puts a dilation in the place of a
             stride, as for DETR's DC5, that one keeps the dilation of the stage before: its input is as fine as ever.
-        pretrained: a checkpoint that `init_weights` loads before training, a file or `torchvision://resnet50`; it must hold every weight.
+        pretrained: a checkpoint that `init_weights` loads before training, a file or `torchvision://resnet50`, of this network alone or of
+            any model with one; it must hold every weight, see `load_part`.
+        init_cfg: the same as `dict(type="Pretrained", checkpoint=..., prefix=...)`, for a checkpoint that holds several such networks.
         zero_init_residual: the last normalisation of each block starts at 0, so that each block starts as the identity
             (Goyal et al. 2017, arXiv:1706.02677, sec. 5.1); for training from scratch.
         dcn: a deformable convolution for the 3x3 of each block (the second one of depths 18 and 34), such as
@@ -184,12 +186,13 @@ class ResNet(nn.Module):
         out_channels: of each returned stage.
         strides: image pixels a feature pixel, of each returned stage.
     """
+    optional_weights = (_OFFSET_BRANCH,)                                                     # a plain network's checkpoint has none
 
     def __init__(self, depth: int, out_stages: Sequence[int] = (2, 3, 4, 5), frozen_stages: int = 0, norm: str = "BN",
                  strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1), dilate_first: bool = True,
                  pretrained: str | None = None, zero_init_residual: bool = True, dcn: Mapping | None = None,
                  stage_with_dcn: Sequence[bool] = (False, False, False, False), stride_in_1x1: bool = False,
-                 checkpointing: bool = False) -> None:
+                 checkpointing: bool = False, init_cfg: Mapping | None = None) -> None:
         super().__init__()
         if depth not in _BLOCKS:
             raise ValueError(f"ResNet comes in depths {', '.join(map(str, _BLOCKS))}; got {depth}")
@@ -213,7 +216,7 @@ class ResNet(nn.Module):
         block = BasicBlock if depth < 50 else Bottleneck
         self.out_stages = tuple(out_stages)
         self.frozen_stages = frozen_stages
-        self.pretrained = pretrained
+        self.pretrained = pretrained_from(pretrained, init_cfg)
         self.checkpointing = checkpointing
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = _NORMS[norm](64)
@@ -257,15 +260,9 @@ class ResNet(nn.Module):
         """Load `pretrained`; the runner calls this once before training.
 
         Raises:
-            ValueError: the checkpoint is of another network.
+            ConfigError: the checkpoint is of another network.
         """
-        if self.pretrained is None:
-            return
-        checkpoint = CheckpointLoader.load_checkpoint(self.pretrained, map_location="cpu")
-        try:
-            self.load_state_dict(checkpoint.get("state_dict", checkpoint))
-        except RuntimeError as error:
-            raise ValueError(f"{self.pretrained} does not hold the weights of this ResNet: {error}") from error
+        load_pretrained(self, self.pretrained)
 
     def train(self, mode: bool = True) -> ResNet:
         super().train(mode)
