@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from visionkit.models.backbones.pretrained import load_part
-from visionkit.registry import ConfigError
+from visionkit.registry import BACKBONES, ConfigError
 
 
 def trunk(blocks: int = 2) -> nn.Module:
@@ -71,3 +71,14 @@ def test_a_checkpoint_of_something_else_shows_its_first_names():
         load_part(trunk(), {"other.weight": torch.zeros(1)}, "w.pth")
     with pytest.raises(ConfigError, match="The first names there: none"):
         load_part(trunk(), {}, "w.pth")
+
+
+@pytest.mark.parametrize("config", [{"type": "ConvBlocks", "channels": (4, 8)}, {"type": "NIN", "out_blocks": (1,)}],
+                         ids=lambda config: config["type"])
+def test_a_small_trunk_starts_from_the_run_of_a_model_with_one(config, tmp_path):
+    trained, file = BACKBONES.build(config), tmp_path / "rotation.pth"
+    torch.save({"state_dict": {f"backbone.{name}": value for name, value in trained.state_dict().items()}
+                | {"head.weight": torch.zeros(1)}}, file)
+    begun = BACKBONES.build({**config, "pretrained": str(file)})
+    begun.init_weights()
+    assert all(torch.equal(value, begun.state_dict()[name]) for name, value in trained.state_dict().items())

@@ -5,6 +5,7 @@ tell the C_i and s_i.
 """
 from visionkit.models.backbones.conv_blocks import ConvBlocks
 from visionkit.models.backbones.nin import NIN
+from visionkit.models.backbones.pretrained import Trunk
 from visionkit.models.backbones.resnet import ResNet
 
-__all__ = ["NIN", "ConvBlocks", "ResNet"]
+__all__ = ["NIN", "ConvBlocks", "ResNet", "Trunk"]

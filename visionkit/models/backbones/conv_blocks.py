@@ -1,15 +1,16 @@
 """A small plain network for small images: 3x3 convolutions, halved after each block."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from visionkit.models.backbones.pretrained import Trunk
 from visionkit.registry import BACKBONES
 
 
 @BACKBONES.register_module()
-class ConvBlocks(nn.Module):
+class ConvBlocks(Trunk):
     """Blocks of 3x3 convolutions, each with batch normalisation and ReLU, and 2x2 max pooling after each block.
 
     Args:
@@ -17,14 +18,17 @@ class ConvBlocks(nn.Module):
         convs_per_block: how many.
         out_blocks: the blocks whose pooled output is returned, counted from 1, ascending; by default all. Those beyond the last are not
             built.
+        pretrained: a checkpoint of this network, or of any model with one, to start from; see `Trunk`.
+        init_cfg: the same in mmengine's form.
 
     Attributes:
         out_channels: of each returned block.
         strides: image pixels a feature pixel, of each returned block.
     """
 
-    def __init__(self, channels: Sequence[int] = (32, 64, 96), convs_per_block: int = 2, out_blocks: Sequence[int] | None = None) -> None:
-        super().__init__()
+    def __init__(self, channels: Sequence[int] = (32, 64, 96), convs_per_block: int = 2, out_blocks: Sequence[int] | None = None,
+                 pretrained: str | None = None, init_cfg: Mapping | None = None) -> None:
+        super().__init__(pretrained, init_cfg)
         if not channels or min(channels) < 1 or convs_per_block < 1:
             raise ValueError(f"channels needs a positive number for each block and convs_per_block must be positive; got {channels} and "
                              f"{convs_per_block}")

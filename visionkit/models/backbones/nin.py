@@ -1,10 +1,11 @@
 """Network in network (Lin et al. 2013, arXiv:1312.4400), as RotNet has it for CIFAR-10 (arXiv:1803.07728, sec. 3.1)."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from visionkit.models.backbones.pretrained import Trunk
 from visionkit.registry import BACKBONES
 
 # Of each block: channels and kernel size of its convolutions, then the pooling after them.
@@ -17,21 +18,24 @@ _BLOCKS = (
 
 
 @BACKBONES.register_module()
-class NIN(nn.Module):
+class NIN(Trunk):
     """Four blocks of a spatial convolution and two 1x1 convolutions, each with batch normalisation and ReLU.
 
     The first block ends with max pooling, the second with average pooling, both of 3x3 with stride 2, as in the authors' code.
 
     Args:
         out_blocks: the blocks whose output is returned, of 1 to 4, ascending; by default all. Those beyond the last are not built.
+        pretrained: a checkpoint of this network, or of any model with one, to start from; see `Trunk`.
+        init_cfg: the same in mmengine's form.
 
     Attributes:
         out_channels: of each returned block.
         strides: image pixels a feature pixel, of each returned block.
     """
 
-    def __init__(self, out_blocks: Sequence[int] = (1, 2, 3, 4)) -> None:
-        super().__init__()
+    def __init__(self, out_blocks: Sequence[int] = (1, 2, 3, 4), pretrained: str | None = None,
+                 init_cfg: Mapping | None = None) -> None:
+        super().__init__(pretrained, init_cfg)
         if not out_blocks or list(out_blocks) != sorted(set(out_blocks) & {1, 2, 3, 4}):
             raise ValueError(f"out_blocks must be ascending numbers of 1 to 4, got {tuple(out_blocks)}")
         self.out_blocks = tuple(out_blocks)

@@ -44,14 +44,28 @@ def pretrained_from(pretrained: str | None, init_cfg: Mapping | None = None) -> 
     return Pretrained(**given)
 
 
-def load_pretrained(part: nn.Module, pretrained: Pretrained | None) -> None:
-    """Fill `part` from its checkpoint, see `load_part`; without one it stays as it is.
+class Trunk(nn.Module):
+    """A backbone that may start from a checkpoint.
 
-    A backbone calls this from `init_weights`, which the runner calls once before training.
+    Args:
+        pretrained: a checkpoint that `init_weights` loads before training, of this network alone or of any model with one: a file, or an
+            address such as `torchvision://resnet50`. It must hold every weight, see `load_part`.
+        init_cfg: the same as `dict(type="Pretrained", checkpoint=..., prefix=...)`, for a checkpoint that holds several such networks.
     """
-    if pretrained is not None:
-        checkpoint = CheckpointLoader.load_checkpoint(pretrained.checkpoint, map_location="cpu")
-        load_part(part, checkpoint.get("state_dict", checkpoint), pretrained.checkpoint, pretrained.prefix)
+
+    def __init__(self, pretrained: str | None = None, init_cfg: Mapping | None = None) -> None:
+        super().__init__()
+        self.pretrained = pretrained_from(pretrained, init_cfg)
+
+    def init_weights(self) -> None:
+        """Load `pretrained`; the runner calls this once before training.
+
+        Raises:
+            ConfigError: the checkpoint is of another network.
+        """
+        if self.pretrained is not None:
+            checkpoint = CheckpointLoader.load_checkpoint(self.pretrained.checkpoint, map_location="cpu")
+            load_part(self, checkpoint.get("state_dict", checkpoint), self.pretrained.checkpoint, self.pretrained.prefix)
 
 
 def load_part(part: nn.Module, state_dict: Mapping[str, Tensor], source: str, prefix: str | None = None) -> str:

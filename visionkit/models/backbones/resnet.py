@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from visionkit.models.backbones.pretrained import load_pretrained, pretrained_from
+from visionkit.models.backbones.pretrained import Trunk
 from visionkit.ops import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
 from visionkit.ops.checkpointing import recompute
 from visionkit.registry import BACKBONES, OPS
@@ -155,7 +155,7 @@ def _convolve(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 @BACKBONES.register_module()
-class ResNet(nn.Module):
+class ResNet(Trunk):
     """ResNet without its classifier.
 
     Stages are counted as in the detection papers: stage 1 is the stem, stages 2 to 5 the residual stages C2 to C5.
@@ -193,7 +193,7 @@ class ResNet(nn.Module):
                  pretrained: str | None = None, zero_init_residual: bool = True, dcn: Mapping | None = None,
                  stage_with_dcn: Sequence[bool] = (False, False, False, False), stride_in_1x1: bool = False,
                  checkpointing: bool = False, init_cfg: Mapping | None = None) -> None:
-        super().__init__()
+        super().__init__(pretrained, init_cfg)
         if depth not in _BLOCKS:
             raise ValueError(f"ResNet comes in depths {', '.join(map(str, _BLOCKS))}; got {depth}")
         if norm not in _NORMS:
@@ -216,7 +216,6 @@ class ResNet(nn.Module):
         block = BasicBlock if depth < 50 else Bottleneck
         self.out_stages = tuple(out_stages)
         self.frozen_stages = frozen_stages
-        self.pretrained = pretrained_from(pretrained, init_cfg)
         self.checkpointing = checkpointing
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = _NORMS[norm](64)
@@ -255,14 +254,6 @@ class ResNet(nn.Module):
             if stage in self.out_stages:
                 features.append(x)
         return tuple(features)
-
-    def init_weights(self) -> None:
-        """Load `pretrained`; the runner calls this once before training.
-
-        Raises:
-            ConfigError: the checkpoint is of another network.
-        """
-        load_pretrained(self, self.pretrained)
 
     def train(self, mode: bool = True) -> ResNet:
         super().train(mode)
