@@ -4,5 +4,6 @@ A backbone's `forward(images [B, 3, H, W])` returns a tuple of [B, C_i, H / s_i,
 tell the C_i and s_i.
 """
 from visionkit.models.backbones.resnet import ResNet
+from visionkit.models.backbones.strided_convs import StridedConvs
 
-__all__ = ["ResNet"]
+__all__ = ["ResNet", "StridedConvs"]

@@ -1,1 +1,4 @@
-"""Models that learn from images without labels: puzzles made of the images, and what belongs together; one method a file."""
+"""Networks that learn from images without labels."""
+from visionkit.models.self_supervised.deep_infomax import DeepInfoMax
+
+__all__ = ["DeepInfoMax"]
