@@ -5,10 +5,11 @@ from visionkit.transforms.albumentations import Albumentations
 from visionkit.transforms.color import PhotoMetricDistortion
 from visionkit.transforms.geometry import RandomCrop, RandomFlip, Resize, TestTimeAug
 from visionkit.transforms.loading import BrokenImageError, LoadAnnotations, LoadImageFromFile, decode_image
+from visionkit.transforms.overlapping_crops import OverlappingCrops
 from visionkit.transforms.packing import PackSample
 from visionkit.transforms.panoptic import BoxesFromMasks, LoadPanopticAnnotations
 from visionkit.transforms.pipeline import build_pipeline
 
 __all__ = ["Albumentations", "BoxesFromMasks", "BrokenImageError", "LoadAnnotations", "LoadImageFromFile", "LoadPanopticAnnotations",
-           "PackSample", "PhotoMetricDistortion", "RandomCrop", "RandomFlip", "Resize", "TestTimeAug", "build_pipeline",
-           "decode_image"]
+           "OverlappingCrops", "PackSample", "PhotoMetricDistortion", "RandomCrop", "RandomFlip", "Resize", "TestTimeAug",
+           "build_pipeline", "decode_image"]
