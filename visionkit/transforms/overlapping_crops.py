@@ -76,7 +76,7 @@ class OverlappingCrops(nn.Module):
         """Noise in two channels of some of `crops` [B, R, C, 3, P, P]."""
         shape = crops.shape[:3]
         kept = torch.randint(3, (*shape, 1, 1, 1), device=crops.device)
-        others = torch.arange(3, device=crops.device)[:, None, None] != kept                                             # [B, R, C, 3, 1, 1]
+        others = torch.arange(3, device=crops.device)[:, None, None] != kept                                            # [B, R, C, 3, 1, 1]
         spread = crops.take_along_dim(kept, 3).std((3, 4, 5), correction=0, keepdim=True) / 100
         dropped = others & _chance(crops, (*shape, 1, 1, 1), self.color_drop_prob)
         return torch.where(dropped, torch.randn_like(crops) * spread, crops)

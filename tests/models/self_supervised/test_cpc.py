@@ -15,7 +15,8 @@ both_contexts = pytest.mark.parametrize("context", ["masked_convs", "gru"])
 def build(**changes) -> nn.Module:
     torch.manual_seed(0)
     return MODELS.build({"type": "CPC", "backbone": {"type": "StridedConvs", "channels": (8, 12)}, "context_channels": 10,
-                         "context_layers": 2, "puzzle": {"type": "OverlappingCrops", "size": 8, "stride": 4, "subcrop": 7}, "rows_ahead": (1, 2)} | changes)
+                         "context_layers": 2, "rows_ahead": (1, 2),
+                         "puzzle": {"type": "OverlappingCrops", "size": 8, "stride": 4, "subcrop": 7}} | changes)
 
 
 def images(count=3, size=(24, 20)) -> ImageBatch:

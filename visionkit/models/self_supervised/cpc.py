@@ -70,8 +70,8 @@ class CPC(Model):
         crops = self.puzzle(images.tensor)                                                                  # [B, R, C, 3, P, P]
         count, rows, columns = crops.shape[:3]
         if rows <= max(self.rows_ahead):
-            raise ValueError(f"predicting {max(self.rows_ahead)} rows ahead needs more rows than the {rows} that the puzzle makes of images "
-                             f"of {tuple(images.tensor.shape[2:])}; lower rows_ahead, or take larger images or a smaller stride")
+            raise ValueError(f"predicting {max(self.rows_ahead)} rows ahead needs more rows than the {rows} that the puzzle makes of "
+                             f"images of {tuple(images.tensor.shape[2:])}; lower rows_ahead, or take larger images or a smaller stride")
         z = self.backbone(crops.flatten(0, 2))[-1].mean((2, 3))                                             # [B * R * C, D]
         z = z.unflatten(0, (count, rows, columns)).permute(0, 3, 1, 2)                                      # [B, D, R, C]
         return Codes(z, self.read_rows(z))
