@@ -66,7 +66,7 @@ class Model(BaseModel):
         if mode == "predict":
             return self.predict(images, samples)
         if mode == "features":
-            return self.features(images)
+            return self.extract_features(images)
         return super().__call__(images)
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Model(BaseModel):
     def predict(self, images: ImageBatch, samples: list[Sample]) -> list[Sample]:
         """`samples` with predictions in original-image pixels."""
 
-    def features(self, images: ImageBatch) -> dict[str, Tensor]:
+    def extract_features(self, images: ImageBatch) -> dict[str, Tensor]:
         """What the network makes of `images` before it says anything, by name, for probes and retrieval: each [B, C, h, w] or [B, D].
 
         By default the backbone's feature maps, `map0`, `map1`, ...
