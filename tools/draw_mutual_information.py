@@ -34,7 +34,7 @@ def main() -> int:
             raise ConfigError(f"--dimension and --iterations are at least 1 and --truths above 0; got {arguments.dimension}, "
                               f"{arguments.iterations} and {min(arguments.truths):g}")
         total, found = len(set(arguments.truths)) * len(ESTIMATORS), []
-        for one in estimates(arguments.dimension, sorted(set(arguments.truths)), arguments.iterations, arguments.seed):
+        for one in estimates(arguments.dimension, sorted(set(arguments.truths)), arguments.iterations, seed=arguments.seed):
             found.append(one)
             if sys.stderr.isatty():
                 print(f"\r\033[K{len(found)} of {total}: {one.name}, I = {one.truth:g}", end="", file=sys.stderr, flush=True)
@@ -59,7 +59,7 @@ def draw(found: list, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2), layout="constrained")
     truths = sorted({one.truth for one in found})
     left.plot([0, truths[-1]], [0, truths[-1]], color=INK, linewidth=1, label="truth")
-    for color, (name, (_, _, cap)) in zip(COLORS, ESTIMATORS.items(), strict=True):
+    for color, (name, (_, _, cap)) in zip(COLORS, ESTIMATORS.items(), strict=False):
         mine = sorted((one for one in found if one.name == name), key=lambda one: one.truth)
         means, deviations = [one.mean for one in mine], [one.deviation for one in mine]
         left.plot(truths, means, color=color, marker="o", markersize=4, linewidth=1.5, label=name)

@@ -47,6 +47,8 @@ def test_a_gray_image_has_three_equal_channels_in_all_its_crops():
     whole = OverlappingCrops(6, 4)(images(40))
     assert torch.equal(crops[~gray], whole[~gray])
     torch.testing.assert_close(crops[gray][:, :, :, 1], whole[gray].mean(3))
+    always = OverlappingCrops(6, 4, gray_prob=1.0).eval()(images(40))                   # the network has never seen a colour
+    torch.testing.assert_close(always, whole.mean(3, keepdim=True).expand_as(always))
 
 
 def test_a_crop_with_dropped_colors_keeps_one_channel_beside_faint_noise():

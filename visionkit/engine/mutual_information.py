@@ -107,11 +107,11 @@ def estimate(name: str, dimension: int, information: float, *, iterations: int, 
     return Estimate(name, information, bounds.mean().item(), bounds.std().item())
 
 
-def estimates(dimension: int, truths: Sequence[float], iterations: int, seed: int = 0) -> Iterator[Estimate]:
+def estimates(dimension: int, truths: Sequence[float], iterations: int, test_batches: int = 200, seed: int = 0) -> Iterator[Estimate]:
     """Every estimator at every truth (nats), by truth and then in the order of `ESTIMATORS`."""
     for truth in truths:
         for name in ESTIMATORS:
-            yield estimate(name, dimension, truth, iterations=iterations, seed=seed)
+            yield estimate(name, dimension, truth, iterations=iterations, test_batches=test_batches, seed=seed)
 
 
 def estimates_table(found: Sequence[Estimate]) -> str:

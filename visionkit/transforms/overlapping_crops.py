@@ -24,7 +24,7 @@ class OverlappingCrops(nn.Module):
         size: P, pixels; 64 in the paper.
         stride: pixels from one crop to the next; half of `size` in the paper.
         subcrop: side of the part of each crop that is kept, put in the middle of zeros; 60 in the paper. None keeps all.
-        gray_prob: that an image loses its colours; all three channels become their mean.
+        gray_prob: that an image loses its colours; all three channels become their mean. With 1 it does in evaluation mode too.
         color_drop_prob: that a crop keeps only one channel; the others become Gaussian noise with a hundredth of its standard deviation.
 
     Raises:
@@ -54,7 +54,9 @@ class OverlappingCrops(nn.Module):
         if min(height, width) < self.size:
             raise ValueError(f"crops of {self.size} pixels do not fit into images of {(height, width)}; take larger images or a smaller "
                              f"size")
-        if self.training and self.gray_prob:
+        if self.gray_prob == 1:
+            images = images.mean(1, keepdim=True).expand_as(images)
+        elif self.training and self.gray_prob:
             images = torch.where(_chance(images, (len(images), 1, 1, 1), self.gray_prob), images.mean(1, keepdim=True), images)
         crops = images.unfold(2, self.size, self.stride).unfold(3, self.size, self.stride).permute(0, 2, 3, 1, 4, 5)      # a view
         if self.subcrop < self.size:

@@ -104,10 +104,10 @@ class CPC(Model):
             sample.pretext = InstanceData(scores=of_image, labels=torch.full((len(of_image),), index, device=of_image.device))
         return samples
 
-    def features(self, images: ImageBatch) -> dict[str, Tensor]:
+    def extract_features(self, images: ImageBatch) -> dict[str, Tensor]:
         """The backbone's maps of the whole image, `map0`, ...; the codes of its crops, `grid` [B, D, R, C]; and their mean, `z` [B, D]."""
         grid = self(images).z
-        return super().features(images) | {"grid": grid, "z": grid.mean((2, 3))}
+        return super().extract_features(images) | {"grid": grid, "z": grid.mean((2, 3))}
 
 
 class MaskedConvContext(nn.Module):

@@ -161,7 +161,7 @@ class DeepInfoMax(Model):
             sample.pretext = InstanceData(scores=of_vector, labels=torch.full((len(of_vector),), index, device=of_vector.device))
         return samples
 
-    def features(self, images: ImageBatch) -> dict[str, Tensor]:
+    def extract_features(self, images: ImageBatch) -> dict[str, Tensor]:
         """`map0`, `map1`, ... of the backbone, `fc` and the global vector `y`."""
         maps, fc, y = self(images)
         return {f"map{index}": level for index, level in enumerate(maps)} | {"fc": fc, "y": y}
