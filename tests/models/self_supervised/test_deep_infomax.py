@@ -85,7 +85,7 @@ def test_scores_that_know_the_image_answer_right_and_have_no_loss():
 
 
 def test_a_scorer_starts_near_the_identity():
-    """Spec 1, item 7. Measured: cosine 0.9982 of 128 channels in 2048, 0.9963 in 256, before the norm."""
+    """Spec 1, item 7. Measured: mean cosine of the first 128 channels 0.998, of all of 256 0.996, of all of 2048 0.968; before the norm."""
     torch.manual_seed(0)
     scorer = ScoreSpace(128, 256)
     features = torch.randn(4, 128, 8, 8)

@@ -126,6 +126,9 @@ class DonskerVaradhanLoss(nn.Module):
     The logarithm is of the mean over all N^2 - N other pairs of a batch, so its gradient is biased, the more so the smaller the batch.
     """
 
+    def __init__(self) -> None:                              # nn.Module's own takes any argument
+        super().__init__()
+
     def forward(self, scores: Tensor) -> Tensor:
         """Scalar loss of `scores` [N, N] or [N, N, L].
 
@@ -211,6 +214,9 @@ class NoiseContrastiveLoss(nn.Module):
     gradient is that of maximum likelihood. InfoNCE is another loss: it asks which of K samples is data, does not change when a constant is
     added to all scores, and needs no p_n.
     """
+
+    def __init__(self) -> None:                              # nn.Module's own takes any argument
+        super().__init__()
 
     def forward(self, data_scores: Tensor, data_log_noise: Tensor, noise_scores: Tensor, noise_log_noise: Tensor) -> Tensor:
         """-E_data[log h] - k E_noise[log(1 - h)] with h = sigmoid(s - log(k p_n)) and k = M / D.
