@@ -73,7 +73,8 @@ def test_a_checkpoint_of_something_else_shows_its_first_names():
         load_part(trunk(), {}, "w.pth")
 
 
-@pytest.mark.parametrize("config", [{"type": "ConvBlocks", "channels": (4, 8)}, {"type": "NIN", "out_blocks": (1,)}],
+@pytest.mark.parametrize("config", [{"type": "ConvBlocks", "channels": (4, 8)}, {"type": "NIN", "out_blocks": (1,)},
+                                    {"type": "StridedConvs", "channels": (4, 8)}],
                          ids=lambda config: config["type"])
 def test_a_small_trunk_starts_from_the_run_of_a_model_with_one(config, tmp_path):
     trained, file = BACKBONES.build(config), tmp_path / "rotation.pth"

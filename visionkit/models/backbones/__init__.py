@@ -7,5 +7,6 @@ from visionkit.models.backbones.conv_blocks import ConvBlocks
 from visionkit.models.backbones.nin import NIN
 from visionkit.models.backbones.pretrained import Trunk
 from visionkit.models.backbones.resnet import ResNet
+from visionkit.models.backbones.strided_convs import StridedConvs
 
-__all__ = ["NIN", "ConvBlocks", "ResNet", "Trunk"]
+__all__ = ["NIN", "ConvBlocks", "ResNet", "StridedConvs", "Trunk"]
