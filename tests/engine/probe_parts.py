@@ -42,9 +42,9 @@ class ProbePretext(Model):
     def predict(self, images, samples):
         return samples
 
-    def features(self, images):
+    def extract_features(self, images):
         assert not torch.is_grad_enabled()
         assert not self.training
         if self.fault == "trains":
             self.backbone.train()
-        return {**super().features(images), "vector": self.backbone(images.tensor)[-1].mean((2, 3))}
+        return {**super().extract_features(images), "vector": self.backbone(images.tensor)[-1].mean((2, 3))}

@@ -30,7 +30,7 @@ FEWEST_SEEDS = 3
 
 class Point(NamedTuple):
     """Where features are taken, and how a map becomes a vector."""
-    feature: str                # its name in what the model's `features` returns
+    feature: str                # its name in what the model's `extract_features` returns
     pool: int | None = None     # cells of the grid, each way, over which a map is averaged; None: every location counts by itself
 
 
@@ -47,7 +47,7 @@ class ProbeLoop(TestLoop):
         dataloader: of the labelled test images.
         evaluator: of metrics that are probes.
         train_dataloader: of the labelled training images; its pipeline should change nothing at random.
-        points: by a name of yours, `dict(feature="map1", pool=2)`: an entry of what the model's `features` returns, averaged over a grid of
+        points: by a name of yours, `dict(feature="map1", pool=2)`: an entry of what the model's `extract_features` returns, averaged over a grid of
             2x2 cells; `pool=None`, the default, takes the map as it is. A vector is taken as it is.
         seeds: of the networks at random initialisation, at least three; the probes draw their held-out images by them.
         checkpoints: further checkpoints of the same pretraining with other seeds, so that the pretrained row has a spread.
@@ -166,7 +166,7 @@ def frozen(model: Model) -> Iterator[None]:
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     if changed:
         raise ConfigError(f"a probe measures a frozen encoder, but looking at its features changed {', '.join(changed[:5])} of "
-                          f"{type(model).__name__}; keep its `features` from training and from updating batch statistics", ("model",))
+                          f"{type(model).__name__}; keep its `extract_features` from training and from updating batch statistics", ("model",))
 
 
 @torch.no_grad()
