@@ -47,8 +47,8 @@ class ProbeLoop(TestLoop):
         dataloader: of the labelled test images.
         evaluator: of metrics that are probes.
         train_dataloader: of the labelled training images; its pipeline should change nothing at random.
-        points: by a name of yours, `dict(feature="map1", pool=2)`: an entry of what the model's `extract_features` returns, averaged over a grid of
-            2x2 cells; `pool=None`, the default, takes the map as it is. A vector is taken as it is.
+        points: by a name of yours, `dict(feature="map1", pool=2)`: an entry of what the model's `extract_features` returns, averaged over a
+            grid of 2x2 cells; `pool=None`, the default, takes the map as it is. A vector is taken as it is.
         seeds: of the networks at random initialisation, at least three; the probes draw their held-out images by them.
         checkpoints: further checkpoints of the same pretraining with other seeds, so that the pretrained row has a spread.
 
@@ -166,7 +166,7 @@ def frozen(model: Model) -> Iterator[None]:
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     if changed:
         raise ConfigError(f"a probe measures a frozen encoder, but looking at its features changed {', '.join(changed[:5])} of "
-                          f"{type(model).__name__}; keep its `extract_features` from training and from updating batch statistics", ("model",))
+                          f"{type(model).__name__}; keep `extract_features` from training and from updating batch statistics", ("model",))
 
 
 @torch.no_grad()
