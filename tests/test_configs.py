@@ -29,3 +29,11 @@ def test_the_cards_with_and_without_a_pretrained_trunk_differ_in_nothing_else():
     assert {key for key in without if without[key] != pretrained[key]} == {"load_from", "load_from_part"}
     assert pretrained["load_from_part"] == "backbone"
     assert without["train_dataloader"]["dataset"]["indices"] == sorted(random.Random(0).sample(range(205), 20))
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
+def test_every_recipe_card_counts_its_checkpoints_as_it_trains(card):
+    cfg = load_config(card)
+    by_iterations = cfg.train_cfg.type == "IterLoop"
+    assert cfg.default_hooks.checkpoint.get("by_epoch", True) != by_iterations
+    assert cfg.log_processor.by_epoch != by_iterations

@@ -20,6 +20,8 @@ optim_wrapper = dict(
     optimizer=dict(type="Adam", lr=5e-4, fused=True),                      # the paper's 1e-4 is for some 800,000 batches
 )
 param_scheduler = [dict(type="CosineAnnealingLR", T_max=2000, by_epoch=False, begin=0, end=2000)]
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=500, max_keep_ckpts=1))
+log_processor = dict(by_epoch=False)
 test_cfg = dict(
     points=dict(
         conv2=dict(feature="map1"),

@@ -12,6 +12,8 @@ optim_wrapper = dict(
     optimizer=dict(type="SGD", lr=0.05, momentum=0.9, weight_decay=5e-4),
 )
 param_scheduler = [dict(type="CosineAnnealingLR", T_max=750, by_epoch=False, begin=0, end=750)]
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=250, max_keep_ckpts=1))
+log_processor = dict(by_epoch=False)
 test_cfg = dict(
     points=dict(
         block1=dict(feature="map0", pool=2),
