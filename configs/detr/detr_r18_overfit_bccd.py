@@ -4,7 +4,9 @@ AP 0.945, AP50 0.974, seed 0 (docs/benchmarks.md); 13 minutes on 2 CPU cores.
 VISIONKIT_DATA=where/the/data/is python tools/train.py configs/detr/detr_r18_overfit_bccd.py
 """
 _base_ = "detr_r18_bccd.py"
+model = dict(backbone=dict(out_stages=(5,), strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)))
 train_dataloader = dict(
+    batch_size=8,
     dataset=dict(
         indices=16,
         pipeline=[
