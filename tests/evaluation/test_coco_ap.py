@@ -61,7 +61,7 @@ def random_samples(images=30, classes=4, seed=0):
 def warnings(monkeypatch):
     """What is logged as a warning."""
     said = []
-    monkeypatch.setattr("visionkit.evaluation.detection.print_log",
+    monkeypatch.setattr("visionkit.evaluation.image_metric.print_log",
                         lambda text, logger, level=logging.INFO: said.append(text) if level == logging.WARNING else None)
     return said
 

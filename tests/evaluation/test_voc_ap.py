@@ -39,7 +39,7 @@ def evaluate(samples, classes=("dog",), size=None, **arguments):
 def warnings(monkeypatch):
     """What is logged as a warning."""
     said = []
-    monkeypatch.setattr("visionkit.evaluation.detection.print_log",
+    monkeypatch.setattr("visionkit.evaluation.image_metric.print_log",
                         lambda text, logger, level=logging.INFO: said.append(text) if level == logging.WARNING else None)
     return said
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from mmengine.logging import print_log
 
-from visionkit.evaluation.detection import to_array
-from visionkit.evaluation.image_metric import ImageMetric
+from visionkit.evaluation.image_metric import ImageMetric, to_array
 from visionkit.registry import METRICS, ConfigError
 
 # N images, C classes, K answers to a question

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from mmengine.logging import print_log
 
-from visionkit.evaluation.detection import DetectionMetric, to_array
+from visionkit.evaluation.detection import DetectionMetric
+from visionkit.evaluation.image_metric import to_array
 from visionkit.registry import METRICS, ConfigError
 
 # The twelve numbers in COCO's order: key, title, IoU, area, most detections an image.

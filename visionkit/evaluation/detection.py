@@ -1,19 +1,16 @@
 """What every metric of boxes needs of an image, small and on the CPU."""
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from mmengine.evaluator import BaseMetric
-from mmengine.logging import print_log
-from torch import Tensor
 
+from visionkit.evaluation.image_metric import ImageMetric, to_array
 from visionkit.registry import ConfigError
 
 
-class DetectionMetric(BaseMetric):
+class DetectionMetric(ImageMetric):
     """A metric that compares predicted boxes with each sample's `annotations`, from any number of processes.
 
     A subclass writes `compute_metrics(images)`, where `images` are the summaries of the whole data set.
@@ -56,24 +53,3 @@ class DetectionMetric(BaseMetric):
         if "classes" not in (self.dataset_meta or {}):
             raise ConfigError(f"{type(self).__name__} needs the data set's `metainfo['classes']`, the name of each label")
         return list(self.dataset_meta["classes"])
-
-    def once_each(self, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The first summary of each image: a sampler that fills its last round, or a data set that replaces an unreadable image,
-        shows some twice."""
-        first: dict[Any, dict[str, Any]] = {}
-        for image in images:
-            first.setdefault(image["img_id"], image)
-        if len(first) < len(images):
-            self.warn(f"{len(images) - len(first)} of {len(images)} evaluated images came twice and count once")
-        return list(first.values())
-
-    def warn(self, message: str) -> None:
-        print_log(f"{type(self).__name__}: {message}", logger="current", level=logging.WARNING)
-
-
-def to_array(values: Any) -> np.ndarray:
-    """A tensor, on any device and of any type, or what numpy takes as it is."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values      # numpy has no bfloat16
-    return np.asarray(values)

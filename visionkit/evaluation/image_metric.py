@@ -5,8 +5,10 @@ import logging
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
+from torch import Tensor
 
 from visionkit.registry import ConfigError
 
@@ -42,3 +44,11 @@ class ImageMetric(BaseMetric):
 
     def warn(self, message: str) -> None:
         print_log(f"{type(self).__name__}: {message}", logger="current", level=logging.WARNING)
+
+
+def to_array(values: Any) -> np.ndarray:
+    """A tensor, on any device and of any type, or what numpy takes as it is."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values      # numpy has no bfloat16
+    return np.asarray(values)

@@ -8,8 +8,7 @@ import numpy as np
 from mmengine.logging import print_log
 
 from visionkit.evaluation.accuracy import chance_to_be_right
-from visionkit.evaluation.detection import to_array
-from visionkit.evaluation.image_metric import ImageMetric
+from visionkit.evaluation.image_metric import ImageMetric, to_array
 from visionkit.registry import METRICS, ConfigError
 
 
