@@ -7,5 +7,5 @@ Another trunk is named with --cfg-options load_from=FILE. To compare with faster
 the trunk's first weights only.
 """
 _base_ = "faster_rcnn_r18_fpn_bccd_10percent.py"
-load_from = "work_dirs/jigsaw_r18_bccd/epoch_10.pth"
+load_from = "work_dirs/jigsaw_r18_bccd/epoch_30.pth"
 load_from_part = "backbone"
