@@ -86,8 +86,8 @@ def test_a_box_that_is_not_finite_covers_nothing(rule):
 
 @pytest.mark.parametrize("rule", ["torchvision", "r_fcn"])
 def test_gradients_are_right_at_the_borders_too(rule):
-    input, rois = case()
-    assert torch.autograd.gradcheck(lambda x: ps_roi_pool(x, rois, 3, 1 / 8, rule=rule), input.requires_grad_())
+    input, rois = case(classes=1, rows=2, columns=2)
+    assert torch.autograd.gradcheck(lambda x: ps_roi_pool(x, rois, 2, 1 / 8, rule=rule), input.requires_grad_())
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
