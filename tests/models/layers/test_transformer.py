@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from visionkit.models.layers import Attention, FeedForward, Transformer
+from visionkit.models.layers import Attention, Borders, FeedForward, Transformer
+from visionkit.structures import PackedSequence
 
 CHANNELS, HEADS = 16, 4
 
@@ -111,6 +112,22 @@ def test_padding_changes_nothing():
     other = torch.cat([source, -7 * tokens(2, 4, seed=5)], 1)
     again = model(other, padded_target, source_valid=(torch.arange(9) < 5).expand(2, -1), target_valid=(torch.arange(5) < 3).expand(2, -1))
     assert torch.equal(again[0][-1][:, :3], outputs[-1][:, :3])                             # what the padding holds: exactly nothing
+
+
+@pytest.mark.parametrize("pre_norm", [False, True], ids=["post-norm", "pre-norm"])
+def test_packed_sequences_give_what_each_gives_alone(pre_norm):
+    """Measured: 2e-07 of the outputs, 2e-07 of what the encoder read."""
+    model = transformer(pre_norm=pre_norm)
+    sources = [tokens(length, seed=length) for length in (7, 1, 4)]
+    targets = [tokens(length, seed=10 + length) for length in (5, 5, 2)]
+    source, target = PackedSequence.pack(sources), PackedSequence.pack(targets)
+    outputs, memory = model(source.tokens, target.tokens, source.tokens, target.tokens, Borders.between(source, source),
+                            Borders.between(target, target))
+    for index, (own_source, own_target) in enumerate(zip(sources, targets, strict=True)):
+        alone, alone_memory = model(own_source[None], own_target[None], own_source[None], own_target[None])
+        torch.testing.assert_close(source.replace(memory).split()[index], alone_memory[0], rtol=0, atol=1e-5)
+        for output, own in zip(outputs, alone, strict=True):
+            torch.testing.assert_close(target.replace(output).split()[index], own[0], rtol=0, atol=1e-5)
 
 
 def test_positions_go_to_queries_and_keys_of_every_layer_but_not_to_values():

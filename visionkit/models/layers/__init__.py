@@ -3,6 +3,7 @@ from visionkit.models.layers.mlp import MLP
 from visionkit.models.layers.position_encoding import LearnedPositionEncoding, SinePositionEncoding, sinusoid
 from visionkit.models.layers.transformer import (
     Attention,
+    Borders,
     FeedForward,
     Transformer,
     TransformerDecoder,
@@ -11,5 +12,5 @@ from visionkit.models.layers.transformer import (
     TransformerEncoderLayer,
 )
 
-__all__ = ["MLP", "Attention", "FeedForward", "LearnedPositionEncoding", "SinePositionEncoding", "Transformer", "TransformerDecoder",
-           "TransformerDecoderLayer", "TransformerEncoder", "TransformerEncoderLayer", "sinusoid"]
+__all__ = ["MLP", "Attention", "Borders", "FeedForward", "LearnedPositionEncoding", "SinePositionEncoding", "Transformer",
+           "TransformerDecoder", "TransformerDecoderLayer", "TransformerEncoder", "TransformerEncoderLayer", "sinusoid"]

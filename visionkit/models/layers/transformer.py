@@ -6,16 +6,37 @@ and keys, never to values (DETR, arXiv:2005.12872, appendix A.3).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionkit.ops.attention import varlen_attention
 from visionkit.ops.checkpointing import recompute
+from visionkit.structures import PackedSequence
 
-# B sequences of T target or S source tokens, D channels; `valid` is [B, S] bool, false on padding, None where nothing is padded
+# B sequences of T target or S source tokens, D channels; `valid` is [B, S] bool, false on padding, None where nothing is padded.
+# Packed sequences stand in one tensor, [B, T, D] is then [T, D] with the tokens of all, and `valid` is the `Borders` between them.
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+
+
+class Borders(NamedTuple):
+    """Where packed sequences begin and end: a query reads the keys of its own sequence, all of them."""
+    queries: Tensor         # [B + 1] int32, where those of each sequence begin, and where the last end
+    keys: Tensor            # likewise
+    most_queries: int       # of one sequence
+    most_keys: int
+
+    @classmethod
+    def between(cls, readers: PackedSequence, read: PackedSequence) -> Borders:
+        """For attention of the tokens of `readers` to those of `read`, sequence by sequence."""
+        return cls(readers.cu_seqlens, read.cu_seqlens, readers.max_seqlen, read.max_seqlen)
+
+    def reading(self, others: Borders) -> Borders:
+        """For attention of these queries to the keys of `others`."""
+        return Borders(self.queries, others.keys, self.most_queries, others.most_keys)
 
 
 class Attention(nn.Module):
@@ -43,25 +64,32 @@ class Attention(nn.Module):
         for linear in (self.query, self.key, self.value, self.output):
             nn.init.zeros_(linear.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | Borders | None = None,
+                causal: bool = False) -> Tensor:
         """What each query reads.
 
         Args:
             query: [B, T, D].
             key: [B, S, D].
             value: [B, S, D].
-            valid: [B, S] bool, keys that may be read. A query that may read none gets zeros, before the output's bias.
+            valid: [B, S] bool, keys that may be read; or the borders of packed sequences. A query that may read none gets zeros, before
+                the output's bias.
             causal: a query reads keys of its own place and before only.
 
         Returns:
             [B, T, D].
         """
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(valid, Borders):
+            q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1))            # [T or S, heads, D / heads]
+                       for linear, x in ((self.query, query), (self.key, key), (self.value, value)))
+            return self.output(varlen_attention(q, k, v, *valid, dropout_p=dropout, causal=causal).flatten(1))
         mask = None if valid is None else valid[:, None, None]                  # [B, 1, 1, S]
         if causal and valid is not None:
             mask = mask & torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=key.device).tril()
         q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                    for linear, x in ((self.query, query), (self.key, key), (self.value, value)))    # [B, heads, T or S, D / heads]
-        read = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=causal and mask is None)
+        read = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal and mask is None)
         return self.output(read.transpose(1, 2).flatten(2))
 
 
@@ -116,7 +144,7 @@ class TransformerEncoderLayer(_Layer):
         self.feed_forward = FeedForward(channels, hidden_channels, inner_dropout, activation)
         self.feed_forward_norm = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, position: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor | None = None, valid: Tensor | Borders | None = None) -> Tensor:
         """[B, S, D] to [B, S, D]; `position` [B, S, D]."""
         def attend(x: Tensor) -> Tensor:
             query = _at(position, x)
@@ -139,8 +167,8 @@ class TransformerDecoderLayer(_Layer):
         self.feed_forward = FeedForward(channels, hidden_channels, inner_dropout, activation)
         self.feed_forward_norm = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, memory: Tensor, memory_keys: Tensor, position: Tensor | None = None, valid: Tensor | None = None,
-                memory_valid: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, memory_keys: Tensor, position: Tensor | None = None,
+                valid: Tensor | Borders | None = None, memory_valid: Tensor | Borders | None = None, causal: bool = False) -> Tensor:
         """[B, T, D] to [B, T, D]; `position` [B, T, D]; `memory` [B, S, D], and `memory_keys`, the same with its positions."""
         def attend_to_itself(x: Tensor) -> Tensor:
             query = _at(position, x)
@@ -167,7 +195,7 @@ class TransformerEncoder(nn.Module):
         self.norm = nn.LayerNorm(channels) if final_norm else nn.Identity()
         self.checkpointing = checkpointing
 
-    def forward(self, x: Tensor, position: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor | None = None, valid: Tensor | Borders | None = None) -> Tensor:
         """[B, S, D] to [B, S, D]; `position` [B, S, D] is added to the queries and keys of every layer."""
         for layer in self.layers:
             x = recompute(layer, x, position, valid) if self.checkpointing else layer(x, position, valid)
@@ -188,7 +216,7 @@ class TransformerDecoder(nn.Module):
         self.checkpointing = checkpointing
 
     def forward(self, x: Tensor, memory: Tensor, position: Tensor | None = None, memory_position: Tensor | None = None,
-                valid: Tensor | None = None, memory_valid: Tensor | None = None, causal: bool = False) -> list[Tensor]:
+                valid: Tensor | Borders | None = None, memory_valid: Tensor | Borders | None = None, causal: bool = False) -> list[Tensor]:
         """[B, T, D] and what the encoder read, [B, S, D], to the output [B, T, D] of every layer, normalised, the last one last."""
         others = (memory, _at(memory_position, memory), position, valid, memory_valid, causal)
         outputs = []
@@ -228,7 +256,7 @@ class Transformer(nn.Module):
         self.decoder = TransformerDecoder(decoder_layers, *layer, pre_norm if decoder_norm is None else decoder_norm, checkpointing)
 
     def forward(self, source: Tensor, target: Tensor, source_position: Tensor | None = None, target_position: Tensor | None = None,
-                source_valid: Tensor | None = None, target_valid: Tensor | None = None,
+                source_valid: Tensor | Borders | None = None, target_valid: Tensor | Borders | None = None,
                 causal: bool = False) -> tuple[list[Tensor], Tensor]:
         """Encode `source`, decode `target`.
 
@@ -237,15 +265,16 @@ class Transformer(nn.Module):
             target: [B, T, D].
             source_position: [B, S, D], added to queries and keys in every layer.
             target_position: [B, T, D], likewise.
-            source_valid: [B, S] bool, false on padding.
-            target_valid: [B, T] bool, likewise.
+            source_valid: [B, S] bool, false on padding; or the borders of packed sequences.
+            target_valid: [B, T] bool, likewise; packed if the source is.
             causal: the target attends to its own place and what is before.
 
         Returns:
             the output [B, T, D] of every decoder layer, the last one last, and what the encoder read, [B, S, D].
         """
         memory = self.encoder(source, source_position, source_valid)
-        return self.decoder(target, memory, target_position, source_position, target_valid, source_valid, causal), memory
+        memory_valid = target_valid.reading(source_valid) if isinstance(source_valid, Borders) else source_valid
+        return self.decoder(target, memory, target_position, source_position, target_valid, memory_valid, causal), memory
 
 
 def _at(position: Tensor | None, x: Tensor) -> Tensor:
