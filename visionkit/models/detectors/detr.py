@@ -96,9 +96,12 @@ class DETR(Model):
         hidden, memory = self.transformer(tokens, torch.zeros_like(queries), positions, queries,
                                           source_valid=valid.flatten(1) if images.padded else None)
         hidden = torch.stack(hidden)                                                                        # [layers, B, Q, D]
+        return Decoded(self.read_out(hidden), hidden[-1], memory, features, valid)
+
+    def read_out(self, hidden: Tensor) -> list[SetPrediction]:
+        """What the queries [layers, B, Q, D] say, layer by layer."""
         precision = torch.promote_types(hidden.dtype, torch.float32)                                        # also under autocast
-        layers = list(map(SetPrediction, self.classify(hidden).to(precision), self.regress(hidden).to(precision).sigmoid()))
-        return Decoded(layers, hidden[-1], memory, features, valid)
+        return list(map(SetPrediction, self.classify(hidden).to(precision), self.regress(hidden).to(precision).sigmoid()))
 
     def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:
         """Eq. 2 of the last decoder layer, and, with the layer's number in their names, of those before (sec. 3.2)."""
