@@ -5,6 +5,7 @@ and keys, never to values (DETR, arXiv:2005.12872, appendix A.3).
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ from visionkit.ops.checkpointing import recompute
 
 # B sequences of T target or S source tokens, D channels; `valid` is [B, S] bool, false on padding, None where nothing is padded
 
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 class Attention(nn.Module):
@@ -72,7 +73,7 @@ class FeedForward(nn.Module):
         channels: D.
         hidden_channels: between the two.
         dropout: of the hidden units.
-        activation: `relu` or `gelu`.
+        activation: `relu`, `gelu`, or `gelu_tanh`, which approximates it.
     """
 
     def __init__(self, channels: int, hidden_channels: int, dropout: float = 0.0, activation: str = "relu") -> None:
