@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from visionkit.engine.checkpoint import CheckpointError
-from visionkit.engine.checkpoint_formats import CATEGORIES, FORMATS, BinByBin, ClassRows, Drop, Request, Rule
+from visionkit.engine.checkpoint_formats import CATEGORIES, FORMATS, BinByBin, ClassRows, Drop, PairsFromHalves, Request, Rule
 from visionkit.engine.convert import Name, convert, plan, recognise
-from visionkit.models.backbones import ResNet
+from visionkit.models.backbones import MoonViT, ResNet
+from visionkit.models.necks import MLPProjector
 from visionkit.registry import MODELS, ConfigError
 
 torchvision = pytest.importorskip("torchvision", reason="most key sets here are torchvision's or begin with one: pip install torchvision")
@@ -490,6 +491,77 @@ def test_a_head_is_repeated_only_where_the_file_has_no_other(tmp_path):
         plan(file, deformable_detr(with_box_refine=True))
 
 
+# -------------------------------------------------------------------------------------------------------------------- MoonViT
+
+def official_moonvit(prefix=""):
+    """The authors' key set, written down: D channels, two blocks, a table of 4 x 4."""
+    parts = {"patch_embed.proj": nn.Conv2d(3, D, 14), "patch_embed.pos_emb.weight": torch.randn(4, 4, D),
+             "encoder.final_layernorm": nn.LayerNorm(D)}
+    for index in range(2):
+        parts |= {f"encoder.blocks.{index}.{name}": part for name, part in {
+            "norm0": nn.LayerNorm(D), "norm1": nn.LayerNorm(D), "wqkv": nn.Linear(D, 3 * D), "wo": nn.Linear(D, D),
+            "mlp.fc0": nn.Linear(D, HIDDEN), "mlp.fc1": nn.Linear(HIDDEN, D)}.items()}
+    return {f"{prefix}{name}": part for name, part in parts.items()}
+
+
+def kimi_vl(projector="multi_modal_projector", linears=("linear_1", "linear_2")):
+    return state_of({**official_moonvit("vision_tower."), f"{projector}.pre_norm": nn.LayerNorm(D),
+                     f"{projector}.{linears[0]}": nn.Linear(4 * D, 4 * D), f"{projector}.{linears[1]}": nn.Linear(4 * D, 10),
+                     "language_model.model.norm": nn.LayerNorm(10), "language_model.lm_head": nn.Linear(10, 7, bias=False)})
+
+
+def moonvit_and_projector():
+    backbone = MoonViT(channels=D, num_layers=2, num_heads=4, hidden_channels=HIDDEN, position_grid=(4, 4))
+    return nn.ModuleDict({"backbone": backbone, "neck": MLPProjector(backbone.out_channels, backbone.strides, 10)})
+
+
+def test_the_authors_moonvit_fills_ours():
+    """What it computes then is compared in tests/models/backbones/test_moonvit_against_transformers.py."""
+    state = state_of(official_moonvit())
+    ours = moonvit_and_projector()["backbone"]
+    done = check_account(state, plan(state, ours), ours)
+    assert done.name == "moonvit"
+    for mine, theirs in (("positions", "patch_embed.pos_emb.weight"), ("encoder.norm.bias", "encoder.final_layernorm.bias"),
+                         ("encoder.blocks.1.attention.qkv.weight", "encoder.blocks.1.wqkv.weight"),
+                         ("encoder.blocks.0.attention.output.bias", "encoder.blocks.0.wo.bias"),
+                         ("encoder.blocks.0.attention_norm.bias", "encoder.blocks.0.norm0.bias"),
+                         ("encoder.blocks.0.feed_forward_norm.bias", "encoder.blocks.0.norm1.bias"),
+                         ("encoder.blocks.1.feed_forward.linear2.weight", "encoder.blocks.1.mlp.fc1.weight")):
+        assert torch.equal(done.state_dict[mine], state[theirs])
+
+
+@pytest.mark.parametrize("form, state", [("kimi-vl", kimi_vl()), ("kimi-k25", kimi_vl("mm_projector", ("proj.0", "proj.2")))])
+def test_kimis_encoder_and_projector_fill_ours_or_the_encoder_alone(form, state):
+    ours = moonvit_and_projector()
+    done = check_account(state, plan(state, ours), ours)
+    assert done.name == form
+    assert done.dropped["of the language model, which the config's model does not have"] == [
+        "language_model.model.norm.weight", "language_model.model.norm.bias", "language_model.lm_head.weight"]
+    second = [key for key in state if key.endswith(("linear_2.weight", "proj.2.weight"))]
+    assert torch.equal(done.state_dict["neck.linear2.weight"], state[second[0]])
+    encoder = plan(state, ours, "moonvit").state_dict
+    assert all(torch.equal(value, done.state_dict[f"backbone.{name}"]) for name, value in encoder.items())
+
+
+def test_rows_of_two_heads_go_from_halves_to_pairs():
+    """Two heads of four channels: 0 with 2 and 1 with 3 before, 0 with 1 and 2 with 3 after; values stay."""
+    model = nn.Module()
+    model.num_heads = 2
+    rows = torch.arange(24)
+    assert PairsFromHalves("num_heads")(rows, Request({}, None, model)).tolist() == [
+        0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15, *range(16, 24)]
+
+
+def test_tensors_that_are_put_together_have_to_be_all_there_and_alike():
+    keys = {f"{part}.layers.0.attn.{name}_proj.weight": torch.randn(D, D) for part in ("model.vision_tower",) for name in "qkv"}
+    ours = moonvit_and_projector()
+    with pytest.raises(CheckpointError, match=r"attention.qkv.weight is put together from 3 tensors, and there is only model.vision_tower"):
+        plan(dict(list(keys.items())[:2]), ours, "hf-kimi-k25")
+    keys["model.vision_tower.layers.0.attn.k_proj.weight"] = torch.randn(D, D + 1)
+    with pytest.raises(CheckpointError, match=r"attention.qkv.weight <- .*k_proj.weight \[32, 33\], model.vision"):
+        plan(keys, ours, "hf-kimi-k25")
+
+
 # -------------------------------------------------------------------------------------------------------------------- classes
 
 def test_coco80_are_the_categories_that_torchvision_names():
@@ -564,14 +636,15 @@ def test_the_tables_are_well_formed(form):
         elif isinstance(rule, Rule):
             source, target = Name.parse(rule.source), Name.parse(rule.target)
             assert set(target.pattern.groupindex) - {"choice"} <= set(source.pattern.groupindex), rule
-            assert len(source.choice) in (0, len(target.choice)), rule
+            assert not source.choice or not target.choice or len(source.choice) == len(target.choice), rule
 
 
 def test_no_key_set_is_in_two_formats():
     states = [TheirDETR().official(), TheirDETR().mmdet(), TheirDeformableDETR().official(), TheirDeformableDETR().mmdet(),
               {f"detr.{name}": part for name, part in TheirDETR().official().items()} | mask_head((256, 128, 64))]
+    states += [official_moonvit(), kimi_vl(), kimi_vl("mm_projector")]
     names = [recognise(state_of(state)) for state in states]                       # raises where there are two
-    assert names == ["detr", "mmdet-detr", "deformable-detr", "mmdet-deformable-detr", "detr-panoptic"]
+    assert names == ["detr", "mmdet-detr", "deformable-detr", "mmdet-deformable-detr", "detr-panoptic", "moonvit", "kimi-vl", "kimi-k25"]
 
 
 # -------------------------------------------------------------------------------------------------------------------- refusals

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from visionkit.testing import check_backbone
+from visionkit.structures import ImageList, PackedSequence
+from visionkit.testing import check_backbone, check_token_backbone
 
 
 class Sound(nn.Module):
@@ -198,3 +199,99 @@ def test_a_residual_branch_that_starts_at_zero_is_sound():
             super().__init__()
             nn.init.zeros_(self.norm.weight)
     check_backbone(ZeroStart())
+
+
+# ------------------------------------------------------------------------------------------------------------- token backbones
+
+class SoundTokens(nn.Module):
+    """A linear map of each 4 x 4 patch; an image is cut out of a batch by its size."""
+    returns_tokens = True
+
+    def __init__(self):
+        super().__init__()
+        self.strides = (4,)
+        self.out_channels = (6,)
+        self.conv = nn.Conv2d(3, 6, 4, 4)
+
+    def each(self, images):
+        if isinstance(images, ImageList):
+            return images.images
+        if isinstance(images, torch.Tensor):
+            return images.unbind()
+        return [image[:, :h, :w] for image, (h, w) in zip(images.tensor, images.sizes, strict=True)]
+
+    def forward(self, images):
+        return self.pack([self.conv(image[None])[0] for image in self.each(images)])
+
+    def pack(self, maps):
+        return PackedSequence.pack([image.flatten(1).T for image in maps], [image.shape[1:] for image in maps])
+
+
+class DoesNotSaySo(SoundTokens):
+    returns_tokens = False
+
+
+class TokensOfWrongStride(SoundTokens):
+    def __init__(self):
+        super().__init__()
+        self.strides = (8,)
+
+
+class TokensOfWrongChannels(SoundTokens):
+    def __init__(self):
+        super().__init__()
+        self.out_channels = (8,)
+
+
+class ReturnsMaps(SoundTokens):
+    def pack(self, maps):
+        return maps
+
+
+class LosesAnImage(SoundTokens):
+    def pack(self, maps):
+        return super().pack(maps[1:])
+
+
+class MixesImages(SoundTokens):
+    def forward(self, images):
+        tokens = super().forward(images)
+        return tokens.replace(tokens.tokens + tokens.tokens.mean())
+
+
+class SeesTheCanvas(SoundTokens):
+    def each(self, images):
+        return super().each(images if isinstance(images, ImageList | torch.Tensor) else images.tensor)
+
+
+class ChangesImages(SoundTokens):
+    def forward(self, images):
+        for image in self.each(images):
+            image.data.mul_(2)
+        return super().forward(images)
+
+
+class IdleTokens(SoundTokens):
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Parameter(torch.ones(3))
+
+
+def test_a_sound_token_backbone_passes():
+    check_token_backbone(SoundTokens())
+
+
+@pytest.mark.parametrize("backbone, said", [
+    (DoesNotSaySo, "does not say returns_tokens=True"), (TokensOfWrongStride, r"stride 8 makes the grids .* got \(\(4, 4\)"),
+    (TokensOfWrongChannels, "promises 8 channels"), (ReturnsMaps, "must return a PackedSequence, got list"),
+    (LosesAnImage, "2 sequences of 3 images"), (MixesImages, "another result among others than alone"),
+    (SeesTheCanvas, "another result in an image batch"), (ChangesImages, "changes its input in place"),
+    (IdleTokens, "no gradient reaches 'idle'")])
+def test_a_token_backbone_that_breaks_a_promise_is_told(backbone, said):
+    with pytest.raises(AssertionError, match=said):
+        check_token_backbone(backbone())
+
+
+def test_a_token_backbone_is_sent_to_its_own_check():
+    with pytest.raises(AssertionError, match="call check_token_backbone"):
+        check_backbone(SoundTokens())

@@ -9,11 +9,12 @@ from visionkit.engine.test_time import TestTimeAugmentation, mirrored_back
 from visionkit.ops import roi_align
 from visionkit.registry import BACKBONES, MODELS, TRANSFORMS
 from visionkit.structures import ImageBatch, InstanceData, Sample
-from visionkit.testing import check_backbone, check_model, check_op, check_transform
+from visionkit.testing import check_backbone, check_model, check_op, check_token_backbone, check_transform
 from visionkit.transforms import build_pipeline
 
 # What a constructor cannot do without, or what shows more of the component.
-BACKBONE_ARGUMENTS = {"ResNet": {"depth": 18}}
+TINY = {"channels": 16, "num_layers": 2, "num_heads": 2, "hidden_channels": 24, "position_grid": (4, 4)}
+BACKBONE_ARGUMENTS = {"ResNet": {"depth": 18}, "MoonViT": TINY, "ViT": TINY}
 DETECTORS = {"FasterRCNN": {
     "backbone": {"type": "ResNet", "depth": 18},
     "neck": {"type": "FPN", "out_channels": 16},
@@ -41,6 +42,7 @@ TRANSFORM_ARGUMENTS = {
     "RandomCrop": {"size": (40, 32)},
     "RandomResizedCrop": {"size": (40, 32)},
     "Resize": {"scale": (96, 40)},
+    "ResizeToTokenLimit": {"limit": 6},
 }
 START_OR_END = {"LoadImageFromFile", "LoadAnnotations", "LoadPanopticAnnotations", "PackSample", "TestTimeAug"}      # take or give more
 
@@ -52,7 +54,9 @@ def ours(registry):
 
 @pytest.mark.parametrize("name", ours(BACKBONES))
 def test_every_backbone_keeps_its_contract(name):
-    check_backbone(BACKBONES.build({"type": name, **BACKBONE_ARGUMENTS.get(name, {})}))
+    backbone = BACKBONES.build({"type": name, **BACKBONE_ARGUMENTS.get(name, {})})
+    check = check_token_backbone if getattr(backbone, "returns_tokens", False) else check_backbone
+    check(backbone)
 
 
 @pytest.mark.parametrize("name", [name for name in ours(MODELS) if ".detectors." in MODELS.get(name).__module__])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from visionkit.registry import TRANSFORMS, ConfigError
+from visionkit.structures import ImageList
 from visionkit.transforms import FourRotations, JigsawTiles, PatchGrid
 from visionkit.transforms.pretext import cut_out, distant_permutations, drop_channels, hamming_distances, project_colors, standardise
 
@@ -39,6 +40,18 @@ def test_label_k_is_numpys_rot90_to_the_bit_and_the_batch_is_balanced(order):
 def test_images_that_are_not_square_are_told_what_to_do():
     with pytest.raises(ValueError, match=r"got 24x32 pixels; put dict\(type='RandomCrop', size=\(24, 24\)\)"):
         FourRotations()(noise(1, 3, 24, 32))
+
+
+def test_images_of_their_own_shapes_are_turned_exactly_one_after_the_other():
+    square, wide = noise(3, 8, 8), noise(3, 4, 12)
+    views, labels = FourRotations()(ImageList((square, wide)))
+    assert [tuple(view.shape[1:]) for view in views.images] == [(8, 8)] * 4 + [(4, 12), (12, 4)] * 2
+    assert labels.tolist() == [[0, 1, 2, 3]] * 2
+    assert torch.equal(torch.stack(views.images[:4])[None], FourRotations()(square[None]).views)
+    for turned, view in enumerate(views.images[4:]):
+        for _ in range(4 - turned):
+            view = view.rot90(1, (1, 2))
+        assert torch.equal(view, wide)
 
 
 # ------------------------------------------------------------------------------------------------------------------ patches

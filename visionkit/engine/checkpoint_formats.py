@@ -2,14 +2,16 @@
 
 In the name of a key stand placeholders: `{i}` and `{j}` for numbers, `{p}` for `weight` or `bias`, `{rest}` for anything. One part of a
 name may be a choice, `{a,b,c}`. With a choice on both sides the first becomes the first, and so on; with a choice in the target alone the
-tensor is cut into as many equal parts, row by row.
+tensor is cut into as many equal parts, row by row; with a choice in the source alone the tensors are put together, row by row.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Request:
     """What an operation may want to know."""
     shapes: Mapping[str, tuple[int, ...]]   # of every tensor of our model, by name
     categories: Sequence[int] | None        # numbers of the classes to keep, in this order; None: all
+    model: nn.Module | None = None          # ours, or the part that the checkpoint is of
 
 
 Operation = Callable[[Tensor, Request], Tensor]
@@ -68,6 +71,27 @@ class BinByBin:
     def __call__(self, tensor: Tensor, request: Request) -> Tensor:
         channels = request.shapes[self.channels_of][1]
         return tensor.unflatten(1, (channels, -1)).transpose(1, 2).flatten(1)
+
+
+@dataclass(frozen=True)
+class PairsFromHalves:
+    """Rows that rotary positions turn, of queries and keys: from channel p together with p + D / 2 in a head of D channels, to channel 2p
+    together with 2p + 1.
+
+    Args:
+        heads: where our model has their number.
+        turned: of the equal parts that the rows consist of, which are turned.
+    """
+    heads: str
+    turned: tuple[bool, ...] = (True, True, False)           # queries, keys, values
+
+    def __str__(self) -> str:
+        return "rows put together, those of q and k from halves to pairs"
+
+    def __call__(self, tensor: Tensor, request: Request) -> Tensor:
+        heads = attrgetter(self.heads)(request.model)
+        return torch.cat([part.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if turned else part
+                          for part, turned in zip(tensor.chunk(len(self.turned)), self.turned, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -446,6 +470,110 @@ MMDET_DEFORMABLE_DETR = Format(
     notes=(_CHECK_PREPROCESSING,),
 )
 
+_NO_LANGUAGE = "of the language model, which the config's model does not have"
+_NO_PROJECTOR = "the config's model has no projector"
+_ONLY_THE_ENCODER = "beside the vision encoder"
+_MOONVIT_PREPROCESSING = ("The images are padded with black to multiples of 28 pixels and have mean and standard deviation 127.5: "
+                          "data_preprocessor=dict(type='NativeResolutionPreprocessor'), after ResizeToTokenLimit in the pipeline.")
+
+
+def _moonvit(source: str, target: str) -> tuple[Rule | Drop, ...]:
+    """MoonViT as its authors name it."""
+    block, ours = f"{source}encoder.blocks.{{i}}", f"{target}encoder.blocks.{{i}}"
+    return (
+        Rule(f"{source}patch_embed.proj.{{p}}", f"{target}patch_embed.proj.{{p}}"),
+        Rule(f"{source}patch_embed.pos_emb.weight", f"{target}positions"),
+        Drop(f"{source}patch_embed.pos_emb.time_weight", "positions in time, which an image does not have"),
+        Rule(f"{block}.norm{{0,1}}.{{p}}", f"{ours}.{{attention,feed_forward}}_norm.{{p}}"),
+        Rule(f"{block}.{{wqkv,wo}}.{{p}}", f"{ours}.attention.{{qkv,output}}.{{p}}"),
+        Rule(f"{block}.mlp.fc{{0,1}}.{{p}}", f"{ours}.feed_forward.linear{{1,2}}.{{p}}"),
+        Rule(f"{source}encoder.final_layernorm.{{p}}", f"{target}encoder.norm.{{p}}"),
+    )
+
+
+def _hugging_face_moonvit(source: str, target: str) -> tuple[Rule, ...]:
+    """MoonViT as transformers names it in memory, in the image and video encoder of Kimi K2.5."""
+    layer, ours = f"{source}layers.{{i}}", f"{target}encoder.blocks.{{i}}"
+    return (
+        Rule(f"{source}patch_embed.proj.{{p}}", f"{target}patch_embed.proj.{{p}}"),
+        Rule(f"{source}patch_embed.pos_emb.position_embeddings", f"{target}positions"),
+        Rule(f"{layer}.norm{{1,2}}.{{p}}", f"{ours}.{{attention,feed_forward}}_norm.{{p}}"),
+        Rule(f"{layer}.attn.{{q,k,v}}_proj.{{p}}", f"{ours}.attention.qkv.{{p}}",
+             PairsFromHalves(f"{target}encoder.blocks.0.attention.num_heads")),
+        Rule(f"{layer}.attn.proj.{{p}}", f"{ours}.attention.output.{{p}}"),
+        Rule(f"{layer}.mlp.fc{{1,2}}.{{p}}", f"{ours}.feed_forward.linear{{1,2}}.{{p}}"),
+        Rule(f"{source}final_layernorm.{{p}}", f"{target}encoder.norm.{{p}}"),
+    )
+
+
+def _projector(norm: str, first: str, second: str) -> tuple[Rule, ...]:
+    """The `MLPProjector`."""
+    return tuple(Rule(f"{source}.{{p}}", f"neck.{target}.{{p}}", unless_built=_NO_PROJECTOR)
+                 for source, target in ((norm, "norm"), (first, "linear1"), (second, "linear2")))
+
+
+MOONVIT = Format(
+    title="MoonViT of its authors, by itself; with --from also that within Kimi-VL",
+    recognised_by=("patch_embed.pos_emb.weight", "encoder.blocks.0.wqkv.weight"),
+    rules=(*_moonvit("", ""), Drop("multi_modal_projector.{rest}", _ONLY_THE_ENCODER), Drop("mm_projector.{rest}", _ONLY_THE_ENCODER),
+           Drop("language_model.{rest}", _ONLY_THE_ENCODER)),
+    spellings=(("vision_tower.", ""),),
+    part="backbone",
+    notes=(_MOONVIT_PREPROCESSING,),
+)
+
+KIMI_VL = Format(
+    title="Kimi-VL of its authors: vision encoder and projector",
+    recognised_by=("vision_tower.encoder.blocks.0.wqkv.weight", "multi_modal_projector.pre_norm.weight"),
+    rules=(*_moonvit("vision_tower.", "backbone."),
+           *_projector("multi_modal_projector.pre_norm", "multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
+           Drop("language_model.{rest}", _NO_LANGUAGE)),
+    notes=(_MOONVIT_PREPROCESSING,),
+)
+
+KIMI_K25 = Format(
+    title="Kimi K2.5 of its authors: vision encoder and projector",
+    recognised_by=("vision_tower.encoder.blocks.0.wqkv.weight", "mm_projector.pre_norm.weight"),
+    rules=(*_moonvit("vision_tower.", "backbone."), *_projector("mm_projector.pre_norm", "mm_projector.proj.0", "mm_projector.proj.2"),
+           Drop("language_model.{rest}", _NO_LANGUAGE)),
+    notes=(_MOONVIT_PREPROCESSING,),
+)
+
+HUGGING_FACE_KIMI_K25 = Format(
+    title="Kimi K2.5 of transformers in memory, Kimi_K25ForConditionalGeneration: vision encoder and projector",
+    recognised_by=("model.vision_tower.patch_embed.pos_emb.position_embeddings", "model.mm_projector.pre_norm.weight"),
+    rules=(*_hugging_face_moonvit("model.vision_tower.", "backbone."),
+           *_projector("model.mm_projector.pre_norm", "model.mm_projector.in_proj", "model.mm_projector.out_proj"),
+           Drop("model.language_model.{rest}", _NO_LANGUAGE), Drop("lm_head.weight", _NO_LANGUAGE)),
+    notes=(_MOONVIT_PREPROCESSING,),
+)
+
+HUGGING_FACE_MOONVIT = Format(
+    title="the vision encoder of Kimi K2.5 of transformers in memory, Kimi_K25VisionModel",
+    recognised_by=("patch_embed.pos_emb.position_embeddings", "layers.0.attn.q_proj.weight"),
+    rules=_hugging_face_moonvit("", ""),
+    part="backbone",
+    notes=(_MOONVIT_PREPROCESSING,),
+)
+
+VIT = Format(
+    title="a ViT of timm with a class token, or one of DeiT or DINO with the same names",
+    recognised_by=("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
+    rules=(
+        Rule("cls_token", "class_token"),
+        Rule("pos_embed", "positions"),
+        Rule("patch_embed.proj.{p}", "patch_embed.proj.{p}"),
+        Rule("blocks.{i}.norm{1,2}.{p}", "encoder.blocks.{i}.{attention,feed_forward}_norm.{p}"),
+        Rule("blocks.{i}.attn.{qkv,proj}.{p}", "encoder.blocks.{i}.attention.{qkv,output}.{p}"),
+        Rule("blocks.{i}.mlp.fc{1,2}.{p}", "encoder.blocks.{i}.feed_forward.linear{1,2}.{p}"),
+        Rule("norm.{p}", "encoder.norm.{p}"),
+        Drop("head.{p}", "the classifier; a backbone has none"),
+    ),
+    part="backbone",
+    notes=("The number of heads is not in the file: look it up. Mean and standard deviation of the images are 127.5 for the weights of the "
+           "paper's authors ('augreg'), and ImageNet's (123.675, 116.28, 103.53), (58.395, 57.12, 57.375) for DeiT and DINO.",),
+)
+
 FORMATS = {
     "resnet": RESNET,
     "torchvision-faster-rcnn": TORCHVISION_FASTER_RCNN,
@@ -458,4 +586,10 @@ FORMATS = {
     "mmdet-faster-rcnn": MMDET_FASTER_RCNN,
     "mmdet-detr": MMDET_DETR,
     "mmdet-deformable-detr": MMDET_DEFORMABLE_DETR,
+    "vit": VIT,
+    "moonvit": MOONVIT,
+    "kimi-vl": KIMI_VL,
+    "kimi-k25": KIMI_K25,
+    "hf-kimi-k25": HUGGING_FACE_KIMI_K25,
+    "hf-kimi-k25-vision": HUGGING_FACE_MOONVIT,
 }

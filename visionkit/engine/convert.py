@@ -104,7 +104,7 @@ def plan(state_dict: Mapping[str, Tensor], model: nn.Module, source_format: str 
         raise ConfigError(f"no checkpoint format {name!r}.{did_you_mean(name, FORMATS)} Known: {', '.join(FORMATS)}.")
     done = Conversion(name, FORMATS[name])
     ours = _tensors_of(model, done.format)
-    request = Request({key: tuple(value.shape) for key, value in ours.items()}, _categories(classes, done))
+    request = Request({key: tuple(value.shape) for key, value in ours.items()}, _categories(classes, done), _part_of(model, done.format))
     problems = Problems()
     for piece in _pieces(state_dict, done, problems):
         _place(piece, ours, request, done, problems)
@@ -161,13 +161,14 @@ class Problems:
 class Piece(NamedTuple):
     """A tensor on its way."""
     rule: Rule
-    source: str
+    sources: tuple[str, ...]                # one key, or those that were put together
     target: str
     tensor: Tensor
 
 
 def _pieces(state_dict: Mapping[str, Tensor], done: Conversion, problems: Problems) -> Iterator[Piece]:
     """What the rules make of every key, in the order of the keys."""
+    parts: dict[tuple[Rule, str], dict[int, tuple[str, Tensor]]] = defaultdict(dict)         # by rule and target, what is put together
     names = {rule: (Name.parse(rule.source), Name.parse(rule.target) if isinstance(rule, Rule) else None)
              for rule in done.format.rules if isinstance(rule, Rule | Drop)}
     for key, tensor in state_dict.items():
@@ -181,21 +182,41 @@ def _pieces(state_dict: Mapping[str, Tensor], done: Conversion, problems: Proble
             done.dropped[rule.reason].append(key)
         else:
             (values, chosen), (source, target) = found, names[rule]
-            if source.choice or not target.choice:
-                yield Piece(rule, key, target.fill(values, chosen), tensor)
+            if source.choice and not target.choice:
+                found_so_far = parts[rule, target.fill(values, chosen)]
+                found_so_far[chosen] = (key, tensor)
+                if len(found_so_far) == len(source.choice):
+                    yield from _together(rule, target.fill(values, chosen), found_so_far, problems)
+                    del parts[rule, target.fill(values, chosen)]
+            elif source.choice or not target.choice:
+                yield Piece(rule, (key,), target.fill(values, chosen), tensor)
             elif tensor.ndim == 0 or len(tensor) % len(target.choice):
                 problems.misshapen.append(f"{key} {list(tensor.shape)} is to be cut into {len(target.choice)} equal parts")
             else:
                 for index, share in enumerate(tensor.chunk(len(target.choice))):
-                    yield Piece(rule, key, target.fill(values, index), share)
+                    yield Piece(rule, (key,), target.fill(values, index), share)
+    for (rule, name), some in parts.items():
+        problems.misshapen.append(f"{name} is put together from {len(names[rule][0].choice)} tensors, and there is only "
+                                  f"{', '.join(key for key, _ in some.values())}")
+
+
+def _together(rule: Rule, target: str, parts: Mapping[int, tuple[str, Tensor]], problems: Problems) -> Iterator[Piece]:
+    """Tensors row by row, in the order of the choice."""
+    keys, tensors = zip(*(parts[index] for index in sorted(parts)), strict=True)
+    if len({tensor.shape[1:] for tensor in tensors}) > 1 or any(tensor.ndim == 0 for tensor in tensors):
+        shapes = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in zip(keys, tensors, strict=True))
+        problems.misshapen.append(f"{target} <- {shapes}")
+    else:
+        yield Piece(rule, keys, target, torch.cat(tensors))
 
 
 def _place(piece: Piece, ours: Mapping[str, Tensor], request: Request, done: Conversion, problems: Problems) -> None:
     """Put a tensor where it belongs, if it fits."""
-    rule, source, target, tensor = piece
+    rule, sources, target, tensor = piece
+    source = ", ".join(sources)
     if target not in ours:
         if rule.unless_built and not _is_built(rule, target, ours):
-            done.dropped[rule.unless_built].append(source)
+            done.dropped[rule.unless_built] += sources
         else:
             problems.unexpected.append(f"{target} (from {source})")
         return
@@ -213,8 +234,8 @@ def _place(piece: Piece, ours: Mapping[str, Tensor], request: Request, done: Con
     if target in done.state_dict and not torch.equal(done.state_dict[target], changed):
         problems.differing.append(f"{target} (from {source} and a key before)")
     done.state_dict[target] = changed
-    if done.mapped[rule][-1:] != [source]:                   # once for a key that is cut
-        done.mapped[rule].append(source)
+    if done.mapped[rule][-1:] != [sources[-1]]:              # once for a key that is cut
+        done.mapped[rule] += sources
 
 
 def _is_built(rule: Rule, target: str, ours: Iterable[str]) -> bool:
@@ -226,8 +247,12 @@ def _is_built(rule: Rule, target: str, ours: Iterable[str]) -> bool:
 
 def _tensors_of(model: nn.Module, form: Format) -> dict[str, Tensor]:
     """What a checkpoint in this format is to fill: parameters and buffers by name, those with two names twice."""
-    part = getattr(model, form.part, model) if form.part else model
-    return {name: value for name, value in part.state_dict(keep_vars=True).items() if not name.endswith("num_batches_tracked")}
+    tensors = _part_of(model, form).state_dict(keep_vars=True)
+    return {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+
+
+def _part_of(model: nn.Module, form: Format) -> nn.Module:
+    return getattr(model, form.part, model) if form.part else model
 
 
 def _categories(classes: str | None, done: Conversion) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ from visionkit.transforms.albumentations import Albumentations
 from visionkit.transforms.color import PhotoMetricDistortion
 from visionkit.transforms.geometry import RandomCrop, RandomFlip, RandomResizedCrop, RandomShift, Resize, TestTimeAug
 from visionkit.transforms.loading import BrokenImageError, LoadAnnotations, LoadImageFromFile, decode_image
+from visionkit.transforms.native_resolution import RandomNativeResize, ResizeToTokenLimit
 from visionkit.transforms.overlapping_crops import OverlappingCrops
 from visionkit.transforms.packing import PackSample
 from visionkit.transforms.panoptic import BoxesFromMasks, LoadPanopticAnnotations
@@ -13,4 +14,5 @@ from visionkit.transforms.pretext import FourRotations, JigsawTiles, PatchGrid
 
 __all__ = ["Albumentations", "BoxesFromMasks", "BrokenImageError", "FourRotations", "JigsawTiles", "LoadAnnotations", "LoadImageFromFile",
            "LoadPanopticAnnotations", "OverlappingCrops", "PackSample", "PatchGrid", "PhotoMetricDistortion", "RandomCrop", "RandomFlip",
-           "RandomResizedCrop", "RandomShift", "Resize", "TestTimeAug", "build_pipeline", "decode_image"]
+           "RandomNativeResize", "RandomResizedCrop", "RandomShift", "Resize", "ResizeToTokenLimit", "TestTimeAug", "build_pipeline",
+           "decode_image"]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkit.registry import TRANSFORMS
+from visionkit.structures import ImageList
 
 # B images of C channels and H x W pixels, S x S where they are square; P pixels the side of a patch or tile, N patches an image,
 # T puzzles an image, K permutations
@@ -28,8 +29,8 @@ _FLAT = 1e-5                                                 # a standard deviat
 
 class Rotations(NamedTuple):
     """Every image in four positions."""
-    views: Tensor       # [B, 4, C, S, S], turned by 0, 90, 180 and 270 degrees counter-clockwise
-    labels: Tensor      # [B, 4] int64, 0 to 3
+    views: Tensor | ImageList   # [B, 4, C, S, S] or B * 4 images, turned by 0, 90, 180 and 270 degrees counter-clockwise
+    labels: Tensor              # [B, 4] int64, 0 to 3
 
 
 class Patches(NamedTuple):
@@ -63,12 +64,15 @@ class FourRotations(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, images: Tensor) -> Rotations:
-        """[B, C, S, S] to its four views.
+    def forward(self, images: Tensor | ImageList) -> Rotations:
+        """[B, C, S, S], or images of their own sizes and shapes, to four views of each.
 
         Raises:
-            ValueError: the images are not square.
+            ValueError: the images are in one tensor, and are not square.
         """
+        if isinstance(images, ImageList):
+            turned = (image.rot90(turns, (1, 2)) for image in images.images for turns in range(4))
+            return Rotations(ImageList(tuple(turned)), torch.arange(4, device=images.device).expand(len(images), 4))
         height, width = images.shape[2:]
         if height != width:
             side = min(height, width)

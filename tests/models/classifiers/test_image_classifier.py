@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from visionkit.models.heads import ClassificationHead
 from visionkit.registry import MODELS, ConfigError
-from visionkit.structures import ImageBatch, Sample
+from visionkit.structures import ImageBatch, ImageList, Sample
 
 BACKBONE = dict(type="ResNet", depth=18, out_stages=(2, 3))
 
@@ -105,3 +105,46 @@ def test_labels_that_are_missing_or_unknown_are_told():
         model.loss(images, samples)
     with pytest.raises(ValueError, match="image 5 has none"):
         model.loss(images, [samples[0], Sample(metainfo={"img_id": 5})])
+
+
+# --------------------------------------------------------------------------------------------------------------- token backbones
+
+TOKENS = dict(channels=16, num_layers=1, num_heads=2, hidden_channels=24, position_grid=(4, 4))
+
+
+def native(labels, sizes=((28, 56), (56, 28), (28, 28), (56, 84))):
+    _, samples = batch(labels)
+    generator = torch.Generator().manual_seed(0)
+    return ImageList(tuple(torch.randn(3, *size, generator=generator) for size in sizes[:len(labels)])), samples
+
+
+@pytest.mark.parametrize("backbone", [dict(type="MoonViT", **TOKENS), dict(type="MoonViT", merge=None, **TOKENS),
+                                      dict(type="ViT", patch_size=14, returned="class", **TOKENS)], ids=["merged", "plain", "class token"])
+def test_images_of_their_own_sizes_are_learnt_by_heart(backbone):
+    model = build(backbone=backbone)
+    images, samples = native([0, 2, 1, 1])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(15):
+        optimizer.zero_grad()
+        model.loss(images, samples)["loss_class"].backward()
+        optimizer.step()
+    assert [one.pred_scores.argmax().item() for one in model.eval().predict(images, samples)] == [0, 2, 1, 1]
+
+
+def test_the_logits_of_an_image_are_those_of_its_mean_token_whatever_lies_beside_it():
+    model = build(backbone=dict(type="MoonViT", **TOKENS)).eval()
+    images, _ = native([0, 2, 1, 1])
+    logits = model(images)
+    for index, image in enumerate(images.images):
+        tokens = model.backbone(ImageList((image,))).tokens
+        torch.testing.assert_close(logits[index], model.head.linear(tokens.mean((0, 1))))
+    features = model(images, mode="features")
+    assert {name: tuple(value.shape) for name, value in features.items()} == {"mean": (4, 4 * 16)}
+    torch.testing.assert_close(features["mean"].unflatten(1, (4, 16))[1], model.backbone(images).split()[1].mean(0))
+
+
+def test_a_backbone_that_makes_maps_refuses_images_of_their_own_sizes():
+    images, samples = native([0, 1])
+    for ask in (lambda: build().loss(images, samples), lambda: build()(images, mode="features")):
+        with pytest.raises(ValueError, match="ResNet makes maps of a batch in one tensor.*ImagePreprocessor"):
+            ask()

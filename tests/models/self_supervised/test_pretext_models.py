@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from visionkit.registry import MODELS
-from visionkit.structures import ImageBatch, Sample
+from visionkit.structures import ImageBatch, ImageList, Sample
 from visionkit.testing.module import check_gradients, check_state_dict
 
 TRUNK = {"type": "ConvBlocks", "channels": (8, 16), "convs_per_block": 1}
@@ -140,6 +140,36 @@ def test_a_view_of_each_rotation_goes_through_the_trunk(pictures):
     (views,) = seen
     for index in range(8):
         assert torch.equal(views[index], torch.rot90(images.tensor[index // 4], index % 4, (1, 2)))
+
+
+def native_rotation():
+    torch.manual_seed(0)
+    return MODELS.build(dict(type="Rotation", backbone=dict(type="MoonViT", channels=16, num_layers=1, num_heads=2, hidden_channels=24,
+                                                            position_grid=(4, 4))))
+
+
+def test_rotations_of_images_of_their_own_sizes_are_told_apart_whatever_lies_beside_them():
+    model = native_rotation().eval()
+    generator = torch.Generator().manual_seed(0)
+    images = ImageList(tuple(torch.randn(3, *size, generator=generator) for size in ((28, 84), (56, 28))))
+    logits, labels = model(images)
+    assert logits.shape == (2, 4, 4)
+    assert labels.tolist() == [[0, 1, 2, 3]] * 2
+    for index, image in enumerate(images.images):
+        for turns in range(4):
+            mean = model.backbone(image.rot90(turns, (1, 2))[None]).tokens.mean((0, 1))
+            torch.testing.assert_close(logits[index, turns], model.head.classify(mean))
+    square = torch.randn(2, 3, 56, 56, generator=generator)
+    torch.testing.assert_close(model(ImageBatch(square, ((56, 56),) * 2)).logits, model(ImageList(square.unbind())).logits)
+    assert all(len(sample.pretext) == 4 for sample in model.predict(images, samples(2)))
+
+
+def test_of_images_of_their_own_sizes_too_padding_is_refused_and_other_puzzles_want_a_batch():
+    padded = ImageList.pad([torch.zeros(3, 28, 30)], divisor=28)
+    with pytest.raises(ValueError, match="an image of 28x30 is padded to 28x56; end the pipeline with.*RandomNativeResize"):
+        native_rotation()(padded)
+    with pytest.raises(ValueError, match="this puzzle is cut out of images of one size.*ImagePreprocessor"):
+        build("jigsaw")(ImageList((torch.zeros(3, 96, 96),)))
 
 
 def test_the_centre_is_paired_with_each_neighbour_in_raster_order(pictures):

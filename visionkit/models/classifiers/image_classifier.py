@@ -6,19 +6,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from visionkit.models.base import Model
+from visionkit.models.base import Model, last_features
 from visionkit.registry import BACKBONES, HEADS, MODELS
-from visionkit.structures import ImageBatch, Sample
+from visionkit.structures import ImageBatch, ImageList, Sample
 
 
 @MODELS.register_module()
 class ImageClassifier(Model):
-    """Classification of whole images by the last map of a backbone (as He et al. 2015, arXiv:1512.03385, sec. 3.3).
+    """Classification of whole images by the last map or the tokens of a backbone (as He et al. 2015, arXiv:1512.03385, sec. 3.3).
 
     Args:
-        backbone: gives the maps.
+        backbone: gives the maps, or the tokens.
         num_classes: of a head of the usual kind; None where `head` has its own number.
-        head: takes the last map; by default `ClassificationHead`.
+        head: takes the last map, or the tokens; by default `ClassificationHead`.
         frozen: keep the backbone as it is, batch statistics included: the head alone learns.
         data_preprocessor: see Model.
 
@@ -43,12 +43,13 @@ class ImageClassifier(Model):
             self.backbone.eval()
         return self
 
-    def forward(self, images: ImageBatch) -> Tensor:
+    def forward(self, images: ImageBatch | ImageList) -> Tensor:
         """[B, num_classes] logits."""
-        maps = self.backbone(images.tensor)
-        return self.head(maps[-1], images.valid() if images.padded else None)
+        features = last_features(self.backbone, images)
+        padded = isinstance(images, ImageBatch) and images.padded
+        return self.head(features, images.valid() if padded else None)
 
-    def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:
+    def loss(self, images: ImageBatch | ImageList, samples: list[Sample]) -> dict[str, Tensor]:
         logits = self(images)
         absent = [sample.get("img_id") for sample in samples if "gt_label" not in sample]
         if absent:
@@ -60,7 +61,7 @@ class ImageClassifier(Model):
                              f"num_classes that of the data set")
         return {"loss_class": self.head.loss(logits, labels)}
 
-    def predict(self, images: ImageBatch, samples: list[Sample]) -> list[Sample]:
+    def predict(self, images: ImageBatch | ImageList, samples: list[Sample]) -> list[Sample]:
         for sample, scores in zip(samples, self(images).float().softmax(1), strict=True):
             sample.pred_scores = scores
         return samples

@@ -1,20 +1,22 @@
-"""From a feature map to the class of the whole image."""
+"""From features to the class of the whole image."""
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionkit.models.layers import global_mean
 from visionkit.registry import HEADS
+from visionkit.structures import PackedSequence
 
 # B images, C channels, N classes
 
 
 @HEADS.register_module()
 class ClassificationHead(nn.Module):
-    """The mean of the map over its locations, and a linear layer (Lin et al. 2014, arXiv:1312.4400, sec. 3.2; He et al. 2015).
+    """The mean over locations or tokens, and a linear layer (Lin et al. 2014, arXiv:1312.4400, sec. 3.2; He et al. 2015).
 
     Args:
-        in_channels: C of the map; its owner tells.
+        in_channels: C of the features; their owner tells.
         num_classes: N.
         label_smoothing: the share of the target that goes evenly to all classes (Szegedy et al. 2016, arXiv:1512.00567, sec. 7).
         dropout: of the mean, in training.
@@ -31,19 +33,14 @@ class ClassificationHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(in_channels, num_classes)
 
-    def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor | PackedSequence, valid: Tensor | None = None) -> Tensor:
         """[B, N] logits.
 
         Args:
-            features: [B, C, h, w], or [B, C] that is averaged already.
-            valid: [B, H, W] bool, true on the image and false on its padding; by default all is image.
+            features: [B, C, h, w], or [B, C] that is averaged already, or tokens of B images.
+            valid: [B, H, W] bool, true on the image and false on its padding; by default all is image. Tokens have no padding.
         """
-        if features.dim() == 4 and valid is not None:
-            share = F.interpolate(valid[:, None].to(features), size=features.shape[2:], mode="area")              # [B, 1, h, w]
-            features = (features * share).sum((2, 3)) / share.sum((2, 3))
-        elif features.dim() == 4:
-            features = features.mean((2, 3))
-        return self.linear(self.dropout(features))
+        return self.linear(self.dropout(global_mean(features, valid)))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy, the mean over the images; `labels` is [B] int64."""

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionkit.models.layers import global_mean
 from visionkit.registry import HEADS
+from visionkit.structures import PackedSequence
 
 # N views, C channels
 
@@ -15,7 +17,7 @@ class RotationHead(nn.Module):
     """Global average pooling and a linear layer to the four rotations.
 
     Args:
-        in_channels: C, of the feature map.
+        in_channels: C, of the features.
     """
 
     def __init__(self, in_channels: int) -> None:
@@ -24,9 +26,9 @@ class RotationHead(nn.Module):
         nn.init.normal_(self.classify.weight, std=0.01)
         nn.init.zeros_(self.classify.bias)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[N, C, h, w] to logits [N, 4], in float32 also under autocast."""
-        logits = self.classify(features.mean((2, 3)))
+    def forward(self, features: Tensor | PackedSequence) -> Tensor:
+        """[N, C, h, w], or tokens of N views, to logits [N, 4], in float32 also under autocast."""
+        logits = self.classify(global_mean(features))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

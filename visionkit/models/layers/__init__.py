@@ -1,5 +1,6 @@
 """Building blocks that several architectures share."""
 from visionkit.models.layers.mlp import MLP
+from visionkit.models.layers.pooling import global_mean
 from visionkit.models.layers.position_encoding import LearnedPositionEncoding, SinePositionEncoding, sinusoid
 from visionkit.models.layers.transformer import (
     Attention,
@@ -11,6 +12,41 @@ from visionkit.models.layers.transformer import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from visionkit.models.layers.vision_transformer import (
+    PackedAttention,
+    PatchEmbedding,
+    VisionTransformerBlock,
+    VisionTransformerEncoder,
+    merged_patches,
+    patch_coordinates,
+    patches_of,
+    resized_positions,
+    rotated,
+    rotation_2d,
+)
 
-__all__ = ["MLP", "Attention", "Borders", "FeedForward", "LearnedPositionEncoding", "SinePositionEncoding", "Transformer",
-           "TransformerDecoder", "TransformerDecoderLayer", "TransformerEncoder", "TransformerEncoderLayer", "sinusoid"]
+__all__ = [
+    "Attention",
+    "Borders",
+    "FeedForward",
+    "LearnedPositionEncoding",
+    "MLP",
+    "PackedAttention",
+    "PatchEmbedding",
+    "SinePositionEncoding",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "VisionTransformerBlock",
+    "VisionTransformerEncoder",
+    "global_mean",
+    "merged_patches",
+    "patch_coordinates",
+    "patches_of",
+    "resized_positions",
+    "rotated",
+    "rotation_2d",
+    "sinusoid",
+]

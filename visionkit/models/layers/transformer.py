@@ -5,6 +5,7 @@ and keys, never to values (DETR, arXiv:2005.12872, appendix A.3).
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from visionkit.structures import PackedSequence
 # B sequences of T target or S source tokens, D channels; `valid` is [B, S] bool, false on padding, None where nothing is padded.
 # Packed sequences stand in one tensor, [B, T, D] is then [T, D] with the tokens of all, and `valid` is the `Borders` between them.
 
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 class Borders(NamedTuple):
@@ -100,7 +101,7 @@ class FeedForward(nn.Module):
         channels: D.
         hidden_channels: between the two.
         dropout: of the hidden units.
-        activation: `relu` or `gelu`.
+        activation: `relu`, `gelu`, or `gelu_tanh`, which approximates it.
     """
 
     def __init__(self, channels: int, hidden_channels: int, dropout: float = 0.0, activation: str = "relu") -> None:

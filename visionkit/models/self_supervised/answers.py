@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from visionkit.structures import ImageBatch, InstanceData, Sample
+from visionkit.structures import ImageBatch, ImageList, InstanceData, Sample
 
 # B images, T puzzles an image, K answers to choose from
 
@@ -32,8 +32,11 @@ def whole_images(images: ImageBatch) -> Tensor:
     """[B, 3, H, W] of a batch without padding, whose place in a view or patch would give the answer away.
 
     Raises:
-        ValueError: an image is padded.
+        ValueError: an image is padded, or each has a tensor of its own.
     """
+    if isinstance(images, ImageList):
+        raise ValueError("this puzzle is cut out of images of one size in one tensor, and each image here has a tensor of its own; take "
+                         "data_preprocessor=dict(type='ImagePreprocessor')")
     if images.padded:
         height, width = images.tensor.shape[2:]
         smaller = next(size for size in images.sizes if size != (height, width))
@@ -41,3 +44,17 @@ def whole_images(images: ImageBatch) -> Tensor:
                          f"{height}x{width}; end the pipeline with a crop or resize that makes all images one size, and set "
                          f"data_preprocessor=dict(type='ImagePreprocessor', pad_divisor=1)")
     return images.tensor
+
+
+def whole_list(images: ImageList) -> ImageList:
+    """Images of their own sizes, none of which is padded.
+
+    Raises:
+        ValueError: an image is padded.
+    """
+    for image, size in zip(images.images, images.sizes, strict=True):
+        if size != tuple(image.shape[1:]):
+            raise ValueError(f"padding gives the answer of a puzzle away, and an image of {size[0]}x{size[1]} is padded to "
+                             f"{image.shape[1]}x{image.shape[2]}; end the pipeline with a resize to multiples of the preprocessor's "
+                             f"`multiple`, such as dict(type='RandomNativeResize')")
+    return images

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from visionkit.models.base import Model
-from visionkit.models.self_supervised.answers import Answers, whole_images
+from visionkit.models.base import Model, last_features
+from visionkit.models.self_supervised.answers import Answers, whole_images, whole_list
 from visionkit.registry import BACKBONES, HEADS, MODELS, TRANSFORMS
-from visionkit.structures import ImageBatch, Sample
+from visionkit.structures import ImageBatch, ImageList, Sample
 
 # B images, 4 rotations each, C channels
 
@@ -16,10 +16,10 @@ class Rotation(Model):
     """An image is turned by 0, 90, 180 and 270 degrees; to say which is which one has to see what is in it.
 
     Args:
-        backbone: images to feature maps, of which the last is read.
-        head: a feature map to four logits; by default `RotationHead`.
+        backbone: images to feature maps, of which the last is read, or to tokens.
+        head: features to four logits; by default `RotationHead`.
         puzzle: images to their rotations; by default `FourRotations`.
-        data_preprocessor: raw images to a batch, which must not be padded.
+        data_preprocessor: raw images to a batch or a list, which must not be padded.
     """
 
     def __init__(self, backbone: dict | nn.Module, head: dict | nn.Module | None = None, puzzle: dict | nn.Module | None = None,
@@ -29,17 +29,21 @@ class Rotation(Model):
         self.backbone = BACKBONES.make(backbone, at="backbone")
         self.head = HEADS.make(head or {"type": "RotationHead"}, at="head", in_channels=self.backbone.out_channels[-1])
 
-    def forward(self, images: ImageBatch) -> Answers:
+    def forward(self, images: ImageBatch | ImageList) -> Answers:
         """Logits [B, 4, 4] of every rotation of every image, and the rotations [B, 4]."""
-        views, labels = self.puzzle(whole_images(images))                    # [B, 4, 3, S, S], [B, 4]
-        features = self.backbone(views.flatten(0, 1))[-1]                    # [B * 4, C, h, w]
+        if isinstance(images, ImageList):
+            views, labels = self.puzzle(whole_list(images))                  # B * 4 images, [B, 4]
+        else:
+            views, labels = self.puzzle(whole_images(images))                # [B, 4, 3, S, S], [B, 4]
+            views = views.flatten(0, 1)
+        features = last_features(self.backbone, views)                       # [B * 4, C, h, w], or the tokens of B * 4 views
         return Answers(self.head(features).unflatten(0, labels.shape), labels)
 
-    def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:
+    def loss(self, images: ImageBatch | ImageList, samples: list[Sample]) -> dict[str, Tensor]:
         """Eq. 2 and 3: the mean over images of the mean over their rotations."""
         answers = self(images)
         return {"loss_pretext": self.head.loss(*answers), "pretext_accuracy": answers.accuracy()}
 
-    def predict(self, images: ImageBatch, samples: list[Sample]) -> list[Sample]:
+    def predict(self, images: ImageBatch | ImageList, samples: list[Sample]) -> list[Sample]:
         """`samples` with `pretext`: four rows, a rotation each."""
         return self(images).into(samples)
