@@ -131,7 +131,7 @@ def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool
             method of or that are among the arguments of a `functools.partial`; batch normalisation elsewhere is updated twice.
         inputs: anything; tensors in tuples, lists and dicts are kept as well as those by themselves.
         checkpointing: see `Checkpointing.of`; for a single block `sqrt` is `every`. With `selective` a graph can be gone through backwards
-            once only: with `retain_graph` a second time is an error.
+            once only; a second time, as for gradients of gradients, is an error.
         keywords: further inputs, by name.
 
     Raises:
