@@ -212,38 +212,37 @@ def _owners(block: Any) -> list[nn.Module]:
 
 
 class _StatisticsKept(AbstractContextManager):
-    """Leaves running statistics as the first pass made them: what runs inside adds nothing to them. May be entered again and again."""
+    """Leaves running statistics as the first pass made them: what runs inside adds nothing to them. May be entered again after it ended."""
 
     def __init__(self, norms: Sequence[_BatchNorm]) -> None:
         self.norms = norms
-        self.kept: list[list[tuple[_BatchNorm, float | None, torch.Tensor | None]]] = []
+        self.kept: list[tuple[_BatchNorm, float | None, torch.Tensor | None]] = []
 
     def __enter__(self) -> None:
         active = [norm for norm in self.norms if norm.training and norm.track_running_stats]
-        self.kept.append([(norm, norm.momentum, norm.num_batches_tracked) for norm in active])
+        self.kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in active]
         for norm in active:
             norm.momentum, norm.num_batches_tracked = 0.0, None
 
     def __exit__(self, *_: object) -> None:
-        for norm, momentum, count in self.kept.pop():
+        for norm, momentum, count in self.kept:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class _Both(AbstractContextManager):
-    """Two contexts as one that may be entered again."""
+    """Two contexts as one, which may be entered again after it ended."""
 
     def __init__(self, *contexts: AbstractContextManager) -> None:
         self.contexts = contexts
-        self.stacks: list[ExitStack] = []
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
             for context in self.contexts:
                 stack.enter_context(context)
-            self.stacks.append(stack.pop_all())
+            self.leave = stack.pop_all().__exit__
 
     def __exit__(self, *error: Any) -> None:
-        self.stacks.pop().__exit__(*error)
+        self.leave(*error)
 
 
 def _selective_contexts(keep: Callable, norms: Sequence[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:
