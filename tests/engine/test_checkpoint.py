@@ -288,6 +288,19 @@ def test_weights_are_loaded_from_both_formats(net, tmp_path, suffix):
     assert all(torch.equal(net.state_dict()[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_a_checkpoint_wrapper_puts_into_names_is_taken_out(net, tmp_path, suffix):
+    """torch itself leaves it in the names of `named_buffers`, and other trainers save what they see."""
+    from safetensors.torch import save_file
+    path = tmp_path / f"wrapped.{suffix}"
+    names = {key: key.replace("1.", "1._checkpoint_wrapped_module.") for key in net.state_dict()}
+    assert any(key != name for key, name in names.items())
+    wrapped = {names[key]: torch.full_like(value, 3) for key, value in net.state_dict().items()}
+    save_file(wrapped, path) if suffix == "safetensors" else torch.save({"state_dict": wrapped}, path)
+    load_weights(net, path)
+    assert all((value == 3).all() for value in net.state_dict().values())
+
+
 def test_weights_that_fill_under_90_percent_are_an_error_that_lists_why(net, tmp_path):
     state = net.state_dict()
     state["head.weight"] = state.pop("2.weight")

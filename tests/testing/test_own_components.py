@@ -7,7 +7,7 @@ import torch
 
 from visionkit.engine.test_time import TestTimeAugmentation, mirrored_back
 from visionkit.ops import roi_align
-from visionkit.registry import BACKBONES, MODELS, TRANSFORMS
+from visionkit.registry import BACKBONES, MODELS, TRANSFORMS, ConfigError
 from visionkit.structures import ImageBatch, InstanceData, Sample
 from visionkit.testing import check_backbone, check_model, check_op, check_token_backbone, check_transform
 from visionkit.transforms import build_pipeline
@@ -57,6 +57,30 @@ def test_every_backbone_keeps_its_contract(name):
     backbone = BACKBONES.build({"type": name, **BACKBONE_ARGUMENTS.get(name, {})})
     check = check_token_backbone if getattr(backbone, "returns_tokens", False) else check_backbone
     check(backbone)
+
+
+@pytest.mark.parametrize("name", ours(BACKBONES))
+def test_every_backbone_has_the_switch_for_checkpointing(name):
+    for policy in ("none", "every", "sqrt", "selective"):
+        backbone = BACKBONES.build({"type": name, **BACKBONE_ARGUMENTS.get(name, {}), "checkpointing": {"policy": policy}})
+        assert backbone.checkpointing.policy == policy
+    with pytest.raises(ConfigError, match="^checkpointing: .*'evry'. Did you mean 'every'"):
+        BACKBONES.build({"type": name, **BACKBONE_ARGUMENTS.get(name, {}), "checkpointing": "evry"})
+
+
+@pytest.mark.parametrize("name", [name for name in ours(BACKBONES) if name != "ResNet"])         # which has tests of its own
+@pytest.mark.parametrize("policy", ["every", "sqrt", "selective"])
+def test_checkpointing_changes_neither_features_nor_gradients_nor_statistics(policy, name):
+    """Difference 0.0."""
+    config = {"type": name, **BACKBONE_ARGUMENTS.get(name, {})}
+    plain, checkpointing = BACKBONES.build(config), BACKBONES.build({**config, "checkpointing": policy})
+    checkpointing.load_state_dict(plain.state_dict())
+    images, outcomes = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), []
+    for backbone in (plain, checkpointing):
+        features = backbone(images)
+        sum(feature.square().mean() for feature in features).backward()
+        outcomes.append([*features, *(parameter.grad for parameter in backbone.parameters()), *backbone.buffers()])
+    assert all(torch.equal(value, other) for value, other in zip(*outcomes, strict=True))
 
 
 @pytest.mark.parametrize("name", [name for name in ours(MODELS) if ".detectors." in MODELS.get(name).__module__])

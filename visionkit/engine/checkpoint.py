@@ -31,6 +31,7 @@ from visionkit.registry import ConfigError, did_you_mean
 SEAL = b"visionkit saved_ns:%020d sha256:"                   # 19 letters, 20 digits, 8 letters, and then 64 digits of the digest
 SEAL_LENGTH = len(SEAL % 0) + 64
 TEMPORARY = ".partial"                                       # ends the name of a file that is being written
+WRAPPED = "_checkpoint_wrapped_module."                      # in names of parts whose activations are computed again
 ENOUGH = 0.9                                                 # share of a model's values that load_from has to fill
 RESNETS = {name: f"https://download.pytorch.org/models/{name}-{digest}.pth" for name, digest in (
     ("resnet18", "f37072fd"), ("resnet34", "b627a593"), ("resnet50", "0676ba61"), ("resnet101", "63fe2227"))}     # of torchvision
@@ -148,7 +149,7 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", mmap: bo
     if str(path).endswith(".safetensors"):
         from safetensors.torch import load_file  # a format without code by design
         try:
-            return {"state_dict": load_file(path, device=str(map_location or "cpu"))}
+            return {"state_dict": _unwrapped(load_file(path, device=str(map_location or "cpu")))}
         except Exception as error:                           # SafetensorError, OSError, ...
             raise CheckpointError(f"{path} cannot be read, it may be cut short: {type(error).__name__}: {error}") from error
     if not verify_seal(path):
@@ -168,9 +169,17 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", mmap: bo
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     if "state_dict" not in checkpoint:                       # the bare weights, as torchvision saves them
         checkpoint = {"state_dict": checkpoint}
+    checkpoint["state_dict"] = _unwrapped(checkpoint["state_dict"])
     if isinstance(checkpoint.get("meta"), dict):
         checkpoint["meta"].pop("config", None)               # Runner.resume of mmengine runs it as Python
     return checkpoint
+
+
+def _unwrapped(state_dict: Any) -> Any:
+    """Names without what torch's `checkpoint_wrapper` puts into them; a model that is wrapped takes names without it, too."""
+    if not isinstance(state_dict, dict) or not any(isinstance(key, str) and WRAPPED in key for key in state_dict):
+        return state_dict
+    return {key.replace(WRAPPED, ""): value for key, value in state_dict.items()}
 
 
 def write_average(path: str | os.PathLike, checkpoints: Sequence[str | os.PathLike]) -> int:
@@ -372,8 +381,8 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], source: str, s
            "A run is resumed with the model it was started with; to start a new one from these weights use load_from."))
 
 
-def part_of(model: nn.Module, name: str) -> nn.Module:
-    """The part of `model` that `load_from_part` names, such as `backbone` or `roi.pooling`.
+def part_of(model: nn.Module, name: str, at: str = "load_from_part") -> nn.Module:
+    """The part of `model` that the key `at` of a config names, such as `backbone` or `roi.pooling`.
 
     Raises:
         ConfigError: the model has no such part.
@@ -383,7 +392,7 @@ def part_of(model: nn.Module, name: str) -> nn.Module:
         children = dict(part.named_children())
         if piece not in children:
             raise ConfigError(f"{type(part).__name__} has no part {piece!r}.{did_you_mean(piece, children)} It has: {', '.join(children)}.",
-                              ("load_from_part",))
+                              (at,))
         part = children[piece]
     return part
 

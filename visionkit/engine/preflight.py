@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from visionkit.datasets.sampler import seeded
+from visionkit.engine.activation_checkpointing import parts_to_recompute
 from visionkit.engine.checkpoint import part_of
 from visionkit.registry import (
     BACKBONES,
@@ -76,7 +77,7 @@ LOADER_TAKES = {"dataset", "sampler", "batch_sampler", "collate_fn", "worker_ini
                 "disable_subprocess_warning"}
 # Top-level keys that somebody reads, beside the arguments of mmengine's Runner.
 OTHER_KEYS = {"custom_imports", "runner_type", "model_wrapper_cfg", "sync_bn", "load_from_strict", "load_from_part",
-              "find_unused_parameters", "tta"}
+              "find_unused_parameters", "tta", "activation_checkpointing"}
 FILES = (".pth", ".pt", ".safetensors")                       # what weights are called that lie here
 # What the Runner wants all together or not at all.
 SECTIONS = (("train_dataloader", "train_cfg", "optim_wrapper"), ("val_dataloader", "val_cfg", "val_evaluator"),
@@ -102,6 +103,8 @@ def preflight(cfg: Config, training: bool = True) -> None:
         model = build_parts(cfg, training)
         if training and cfg.get("load_from_part"):
             part_of(model, cfg.load_from_part)
+        if training and cfg.get("activation_checkpointing"):
+            parts_to_recompute(model, cfg.activation_checkpointing)
         classes: dict[Path, tuple[str, ...]] = {}
         for path, section in _loaders(cfg, training):
             dataset, sampler = build_data(section, *path)

@@ -1,41 +1,274 @@
-"""Gradient checkpointing: keep a block's inputs instead of its activations, and compute those again in the backward pass (Chen et al. 2016,
-arXiv:1604.06174)."""
+"""Gradient checkpointing: keep the inputs of blocks instead of their activations, and compute those again in the backward pass (Chen et al.
+2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174).
+
+Outputs, gradients and random numbers stay the same to the bit, and so do the names in a state dict: nothing is wrapped.
+"""
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import functools
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from visionkit.registry import ConfigError, did_you_mean
+
+POLICIES = ("none", "every", "sqrt", "selective")
+# What `keep` may name besides single ops: those whose outputs take long to compute, by their names in torch.ops.
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "convolution": ("aten::convolution", "visionkit::deform_conv2d"),
+    "attention": ("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+                  "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+                  "aten::_scaled_dot_product_fused_attention_overrideable", "visionkit::ms_deform_attn"),
+}
+# From torch 2.14 on, what is kept selectively can be seen by those who watch what is saved, such as `torch.autograd.graph.save_on_cpu`.
+_SEEN = {"respect_saved_tensors_hooks": True} if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters else {}
 
 
-def recompute(block: nn.Module, *inputs: Any) -> Any:
-    """`block(*inputs)`, keeping only `inputs` for the backward pass, which runs `block` again.
+@dataclass(frozen=True)
+class Checkpointing:
+    """Which activations of a chain of n blocks are computed again.
+
+    Attributes:
+        policy: `none`: all are kept. `every`: the input of each block is kept, and each block runs twice. `sqrt`: the chain is cut into
+            about sqrt(n) segments, the input of each is kept, and all but the last segment run twice: what is kept grows with sqrt(n).
+            `selective`: as `every`, but the outputs of some ops are kept too, and those ops run once.
+        keep: the ops that `selective` keeps, names of `GROUPS` or of single ops such as `aten::_softmax`; where an op drops out at random,
+            it is computed again all the same, so that the random numbers stay in step.
+    """
+    policy: str = "none"
+    keep: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, setting: Checkpointing | bool | str | Mapping | None) -> Checkpointing:
+        """What stands in a config as `checkpointing`.
+
+        Args:
+            setting: False or None for `none`, True for `every`, a policy's name, or `dict(policy=...)`, for `selective` with `keep`.
+
+        Raises:
+            ConfigError: names the nearest policy, key or group.
+        """
+        if isinstance(setting, cls):
+            return setting
+        if setting is None or isinstance(setting, bool):
+            return cls("every" if setting else "none")
+        given = {"policy": setting} if isinstance(setting, str) else dict(setting) if isinstance(setting, Mapping) else {}
+        for key in given:
+            if key not in ("policy", "keep"):
+                raise ConfigError(f"checkpointing has no {key!r}.{did_you_mean(key, ('policy', 'keep'))} It takes: policy, keep.",
+                                  ("checkpointing", key))
+        policy = given.get("policy")
+        if policy not in POLICIES:
+            raise ConfigError(f"checkpointing is True, False or dict(policy=...) with one of {', '.join(POLICIES)}; got {setting!r}."
+                              f"{did_you_mean(policy, POLICIES) if isinstance(policy, str) else ''}", ("checkpointing",))
+        keep = given.get("keep")
+        if keep is not None and policy != "selective":
+            raise ConfigError(f"only the policy 'selective' keeps the outputs of chosen ops; with {policy!r} leave keep={keep!r} out",
+                              ("checkpointing", "keep"))
+        keep = tuple(GROUPS) if keep is None else (keep,) if isinstance(keep, str) else tuple(keep)
+        for name in keep:
+            if name not in GROUPS and not _is_op(name):
+                raise ConfigError(f"keep takes {', '.join(GROUPS)}, or ops by their full names such as 'aten::_softmax'; got {name!r}."
+                                  f"{did_you_mean(str(name), GROUPS)}", ("checkpointing", "keep"))
+        return cls(policy, keep if policy == "selective" else ())
+
+    def __bool__(self) -> bool:
+        return self.policy != "none"
+
+
+def run_blocks(blocks: Iterable[Callable], x: Any, *others: Any, checkpointing: Checkpointing | bool | str | Mapping | None,
+               outputs_of: Collection[int] | None = None, **keywords: Any) -> Any:
+    """`x` through a chain of blocks, each called as `block(x, *others, **keywords)` with what the one before gave.
+
+    Args:
+        blocks: modules, or functions, see `recompute`. Those at the beginning that are in eval mode, such as frozen ones, always run once.
+        x: what the first block takes: a tensor, or several in a tuple or dict that every block takes and gives.
+        others: what all blocks take besides.
+        checkpointing: see `Checkpointing.of`. Without gradients, and in eval mode, it makes no difference.
+        outputs_of: numbers of the blocks whose outputs are wanted, from 0; they are kept whatever the policy. None: the last one's.
+        keywords: what all blocks take besides, by name.
+
+    Returns:
+        what the last block gives; with `outputs_of`, a tuple of what those blocks give, in their order in the chain.
+
+    Raises:
+        ValueError: `outputs_of` names a block that is not there.
+    """
+    checkpointing, blocks = Checkpointing.of(checkpointing), list(blocks)
+    if not set(outputs_of or ()) <= set(range(len(blocks))):
+        raise ValueError(f"outputs_of takes numbers of blocks, 0 to {len(blocks) - 1}; got {sorted(outputs_of)}")
+    outputs: list[Any] = []
+    start = 0
+    for length, again in _segments(blocks, checkpointing):
+        stop = start + length
+        wanted = [] if outputs_of is None else sorted({index - start for index in outputs_of if start <= index < stop})
+        segment = _Segment(blocks[start:stop], wanted)
+        x, found = recompute(segment, x, *others, checkpointing=checkpointing if again else False, **keywords)
+        outputs += found
+        start = stop
+    return x if outputs_of is None else tuple(outputs)
+
+
+def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool | str | Mapping | None = True, **keywords: Any) -> Any:
+    """`block(*inputs, **keywords)`, keeping only the inputs for the backward pass, which runs `block` again.
 
     The same outputs, gradients and random numbers, for one more forward pass. Running statistics of batch normalisation are updated once,
-    by the first pass. Without gradients it is an ordinary call.
+    by the first pass; other side effects, such as those of hooks, happen twice. Without gradients, and in eval mode, it is an ordinary
+    call. Gradients reach the block's weights also where no input requires one.
+
+    Args:
+        block: a module, or a function that computes the same whenever it is called. Of a function the modules are known that it is a
+            method of or that are among the arguments of a `functools.partial`; batch normalisation elsewhere is updated twice.
+        inputs: anything; tensors in tuples, lists and dicts are kept as well as those by themselves.
+        checkpointing: see `Checkpointing.of`; for a single block `sqrt` is `every`. With `selective` a graph can be gone through backwards
+            once only; a second time, as for gradients of gradients, is an error.
+        keywords: further inputs, by name.
+
+    Raises:
+        RuntimeError: in the backward pass, where an input was changed in place since.
+        torch.utils.checkpoint.CheckpointError: in the backward pass, where the block does not compute the same twice.
     """
-    if not torch.is_grad_enabled():
-        return block(*inputs)
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: _contexts(block))
+    checkpointing = Checkpointing.of(checkpointing)
+    if not checkpointing or not torch.is_grad_enabled() or not _in_training(block):
+        return block(*inputs, **keywords)
+    leaves, form = tree_flatten((inputs, keywords))          # so that torch sees all tensors: their devices, and changes in place
+
+    def call(*leaves: Any) -> Any:
+        positional, named = tree_unflatten(list(leaves), form)
+        return block(*positional, **named)
+
+    norms = [module for module in _modules(block) if isinstance(module, _BatchNorm)]
+    if checkpointing.policy == "selective":
+        keep = _keeps(checkpointing.keep)
+        return checkpoint(call, *leaves, use_reentrant=False, context_fn=lambda: _selective_contexts(keep, norms), **_SEEN)
+    if norms:
+        return checkpoint(call, *leaves, use_reentrant=False, context_fn=lambda: (nullcontext(), _StatisticsKept(norms)))
+    return checkpoint(call, *leaves, use_reentrant=False)    # torch.compile takes no contexts but torch's own
 
 
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _statistics_kept(block)
+class _Segment:
+    """Blocks that run one after the other, to the output of the last and those of `wanted`."""
+
+    def __init__(self, blocks: Sequence[Callable], wanted: Sequence[int]) -> None:
+        self.blocks = blocks
+        self.wanted = wanted
+
+    def __call__(self, x: Any, *others: Any, **keywords: Any) -> tuple[Any, list[Any]]:
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            x = block(x, *others, **keywords)
+            if index in self.wanted:
+                outputs.append(x)
+        return x, outputs
 
 
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Leave the running statistics as the first pass made them: the second adds nothing to them."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training and module.track_running_stats]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
+def _segments(blocks: Sequence[Callable], checkpointing: Checkpointing) -> Iterator[tuple[int, bool]]:
+    """The lengths of the segments of a chain, and whether each is computed again."""
+    if not checkpointing or not torch.is_grad_enabled():
+        yield len(blocks), False
+        return
+    frozen = next((index for index, block in enumerate(blocks) if _in_training(block)), len(blocks))
+    left = len(blocks) - frozen
+    yield frozen, False
+    if checkpointing.policy != "sqrt":
+        yield from [(1, True)] * left
+        return
+    segments = math.ceil(math.sqrt(left))
+    for index in range(segments):                            # the longer ones first: the last one's activations are there from the start
+        yield -(-(left - index) // segments), index < segments - 1
+
+
+def _in_training(block: Callable) -> bool:
+    modules = _owners(block)
+    return not modules or any(module.training for module in modules)
+
+
+def _modules(block: Callable) -> Iterator[nn.Module]:
+    return (module for owner in _owners(block) for module in owner.modules())
+
+
+def _owners(block: Any) -> list[nn.Module]:
+    """The modules that a block is or runs, as far as it shows."""
+    if isinstance(block, nn.Module):
+        return [block]
+    if isinstance(block, _Segment):
+        parts: Iterable[Any] = block.blocks
+    elif isinstance(block, functools.partial):
+        parts = (block.func, *block.args, *block.keywords.values())
+    else:
+        owner = getattr(block, "__self__", None)
+        parts = [owner] if isinstance(owner, nn.Module) else []
+    return [owner for part in parts for owner in _owners(part)]
+
+
+class _StatisticsKept(AbstractContextManager):
+    """Leaves running statistics as the first pass made them: what runs inside adds nothing to them. May be entered again after it ended."""
+
+    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
+        self.norms = norms
+        self.kept: list[tuple[_BatchNorm, float | None, torch.Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        active = [norm for norm in self.norms if norm.training and norm.track_running_stats]
+        self.kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in active]
+        for norm in active:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum, count in self.kept:
             norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+class _Both(AbstractContextManager):
+    """Two contexts as one, which may be entered again after it ended."""
+
+    def __init__(self, *contexts: AbstractContextManager) -> None:
+        self.contexts = contexts
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context)
+            self.leave = stack.pop_all().__exit__
+
+    def __exit__(self, *error: Any) -> None:
+        self.leave(*error)
+
+
+def _selective_contexts(keep: Callable, norms: Sequence[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:
+    first, again = create_selective_checkpoint_contexts(keep)
+    return first, _Both(_StatisticsKept(norms), again) if norms else again
+
+
+def _keeps(keep: Sequence[str]) -> Callable[..., CheckpointPolicy]:
+    """The policy, as torch asks for it at every op."""
+    names = frozenset(op for name in keep for op in GROUPS.get(name, (name,)))
+
+    def policy(_: Any, op: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+        if not hasattr(op, "_schema") or op._schema.name not in names or _draws(op, arguments, keywords):
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE
+    return policy
+
+
+def _draws(op: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
+    """Whether an op draws random numbers; left out of the second pass, it would leave the others to those who draw after it."""
+    given = dict(zip((argument.name for argument in op._schema.arguments), arguments, strict=False)) | dict(keywords)
+    if any(argument.name == "dropout_p" for argument in op._schema.arguments):
+        return given.get("dropout_p", 0.0) > 0
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+def _is_op(name: Any) -> bool:
+    space, colons, op = name.partition("::") if isinstance(name, str) else ("", "", "")
+    return bool(colons and op) and hasattr(getattr(torch.ops, space), op)

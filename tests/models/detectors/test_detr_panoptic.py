@@ -141,9 +141,10 @@ def test_samples_without_masks_are_an_error_that_says_what_to_do():
         build()(images((64, 96)), [bare], mode="loss")
 
 
-def test_recomputing_the_head_gives_the_same_gradients():
+@pytest.mark.parametrize("policy", ["every", "sqrt", "selective"])
+def test_recomputing_the_head_gives_the_same_gradients(policy):
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, {"policy": policy}):
         model = build(checkpointing=checkpointing, query_chunk=1)
         sum(model(images((64, 96)), [sample()], mode="loss").values()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

@@ -6,6 +6,7 @@ tell the C_i and s_i.
 A token backbone says `returns_tokens = True`; its `forward` takes an `ImageList`, an `ImageBatch` or [B, 3, H, W], each image as it is, and
 returns a `PackedSequence`, with grids where tokens are places. `out_channels` and `strides` have one entry then.
 """
+from visionkit.models.backbones.alexnet import AlexNet
 from visionkit.models.backbones.conv_blocks import ConvBlocks
 from visionkit.models.backbones.moonvit import MoonViT
 from visionkit.models.backbones.nin import NIN
@@ -14,4 +15,4 @@ from visionkit.models.backbones.resnet import ResNet
 from visionkit.models.backbones.strided_convs import StridedConvs
 from visionkit.models.backbones.vit import ViT
 
-__all__ = ["NIN", "ConvBlocks", "MoonViT", "ResNet", "StridedConvs", "Trunk", "ViT"]
+__all__ = ["AlexNet", "ConvBlocks", "MoonViT", "NIN", "ResNet", "StridedConvs", "Trunk", "ViT"]

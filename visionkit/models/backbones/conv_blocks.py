@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from visionkit.models.backbones.pretrained import Trunk
+from visionkit.ops.checkpointing import Checkpointing, run_blocks
 from visionkit.registry import BACKBONES
 
 
@@ -20,6 +21,8 @@ class ConvBlocks(Trunk):
             built.
         pretrained: a checkpoint of this network, or of any model with one, to start from; see `Trunk`.
         init_cfg: the same in mmengine's form.
+        checkpointing: which blocks' activations are computed again in the backward pass, less memory for more time: True,
+            `dict(policy="sqrt")`, `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`.
 
     Attributes:
         out_channels: of each returned block.
@@ -27,8 +30,9 @@ class ConvBlocks(Trunk):
     """
 
     def __init__(self, channels: Sequence[int] = (32, 64, 96), convs_per_block: int = 2, out_blocks: Sequence[int] | None = None,
-                 pretrained: str | None = None, init_cfg: Mapping | None = None) -> None:
+                 pretrained: str | None = None, init_cfg: Mapping | None = None, checkpointing: bool | str | Mapping = False) -> None:
         super().__init__(pretrained, init_cfg)
+        self.checkpointing = Checkpointing.of(checkpointing)
         if not channels or min(channels) < 1 or convs_per_block < 1:
             raise ValueError(f"channels needs a positive number for each block and convs_per_block must be positive; got {channels} and "
                              f"{convs_per_block}")
@@ -52,9 +56,4 @@ class ConvBlocks(Trunk):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] to one [B, C_i, H / s_i, W / s_i] for each of `out_blocks`; sizes are rounded up."""
-        x, features = images, []
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x)
-            if number in self.out_blocks:
-                features.append(x)
-        return tuple(features)
+        return run_blocks(self.blocks, images, checkpointing=self.checkpointing, outputs_of=[number - 1 for number in self.out_blocks])

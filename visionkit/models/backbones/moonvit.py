@@ -39,7 +39,8 @@ class MoonViT(Trunk):
         position_grid: rows and columns of the learned table, which are interpolated bicubically for other grids.
         merge: rows and columns of patches that become one token, as many each; None: every patch is a token.
         rope_base: of the rotations.
-        checkpointing: keep only the input of each block for the backward pass and compute the rest again: less memory, more time.
+        checkpointing: which blocks' activations are computed again in the backward pass, less memory for more time: True,
+            `dict(policy="sqrt")`, `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`.
         pretrained: a checkpoint of this network, or of any model with one, to start from; see `Trunk`.
         init_cfg: the same in mmengine's form.
 
@@ -53,7 +54,7 @@ class MoonViT(Trunk):
 
     def __init__(self, patch_size: int = 14, channels: int = 1152, num_layers: int = 27, num_heads: int = 16, hidden_channels: int = 4304,
                  position_grid: Sequence[int] = (64, 64), merge: Sequence[int] | None = (2, 2), rope_base: float = 10000.0,
-                 checkpointing: bool = False, pretrained: str | None = None, init_cfg: Mapping | None = None) -> None:
+                 checkpointing: bool | str | Mapping = False, pretrained: str | None = None, init_cfg: Mapping | None = None) -> None:
         super().__init__(pretrained, init_cfg)
         if channels % (4 * num_heads):
             raise ValueError(f"rows and columns rotate pairs of channels: channels must be a multiple of 4 * num_heads = {4 * num_heads}, "

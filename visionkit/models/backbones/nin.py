@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from visionkit.models.backbones.pretrained import Trunk
+from visionkit.ops.checkpointing import Checkpointing, run_blocks
 from visionkit.registry import BACKBONES
 
 # Of each block: channels and kernel size of its convolutions, then the pooling after them.
@@ -27,6 +28,8 @@ class NIN(Trunk):
         out_blocks: the blocks whose output is returned, of 1 to 4, ascending; by default all. Those beyond the last are not built.
         pretrained: a checkpoint of this network, or of any model with one, to start from; see `Trunk`.
         init_cfg: the same in mmengine's form.
+        checkpointing: which blocks' activations are computed again in the backward pass, less memory for more time: True,
+            `dict(policy="sqrt")`, `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`.
 
     Attributes:
         out_channels: of each returned block.
@@ -34,8 +37,9 @@ class NIN(Trunk):
     """
 
     def __init__(self, out_blocks: Sequence[int] = (1, 2, 3, 4), pretrained: str | None = None,
-                 init_cfg: Mapping | None = None) -> None:
+                 init_cfg: Mapping | None = None, checkpointing: bool | str | Mapping = False) -> None:
         super().__init__(pretrained, init_cfg)
+        self.checkpointing = Checkpointing.of(checkpointing)
         if not out_blocks or list(out_blocks) != sorted(set(out_blocks) & {1, 2, 3, 4}):
             raise ValueError(f"out_blocks must be ascending numbers of 1 to 4, got {tuple(out_blocks)}")
         self.out_blocks = tuple(out_blocks)
@@ -56,9 +60,4 @@ class NIN(Trunk):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] to one [B, C_i, H / s_i, W / s_i] for each of `out_blocks`; sizes are rounded up."""
-        x, features = images, []
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x)
-            if number in self.out_blocks:
-                features.append(x)
-        return tuple(features)
+        return run_blocks(self.blocks, images, checkpointing=self.checkpointing, outputs_of=[number - 1 for number in self.out_blocks])

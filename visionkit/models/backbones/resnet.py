@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from visionkit.models.backbones.pretrained import Trunk
 from visionkit.ops import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
-from visionkit.ops.checkpointing import recompute
+from visionkit.ops.checkpointing import Checkpointing, run_blocks
 from visionkit.registry import BACKBONES, OPS
 
 _OFFSET_BRANCH = ".conv2.conv_offset"                        # of a deformable block
@@ -72,6 +72,7 @@ class BlockStyle(NamedTuple):
     norm: Callable[[int], nn.Module]
     dcn: Mapping | None = None                  # what the deformable convolution is, where the stage has one
     stride_in_1x1: bool = False
+    in_place: bool = True                       # what a convolution gave may be overwritten
 
     def conv3x3(self, channels: int, stride: int, dilation: int) -> nn.Module:
         """The 3x3 convolution that may be deformable."""
@@ -95,7 +96,8 @@ class BasicBlock(nn.Module):
         self.bn1 = style.norm(channels)
         self.conv2 = style.conv3x3(channels, 1, style.dilation)
         self.bn2 = style.norm(channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.in_place = style.in_place
+        self.relu = nn.ReLU(inplace=style.in_place)
         self.downsample = _shortcut(in_channels, channels, stride, style.norm)
 
     @property
@@ -105,7 +107,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual = self.relu(_convolve(self.conv1, self.bn1, x))
         residual = _convolve(self.conv2, self.bn2, residual)
-        return self.relu(residual.add_(self.downsample(x)))
+        return self.relu(_add(residual, self.downsample(x), self.in_place))
 
 
 class Bottleneck(nn.Module):
@@ -121,7 +123,8 @@ class Bottleneck(nn.Module):
         self.bn2 = style.norm(channels)
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = style.norm(channels * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
+        self.in_place = style.in_place
+        self.relu = nn.ReLU(inplace=style.in_place)
         self.downsample = _shortcut(in_channels, channels * self.expansion, stride, style.norm)
 
     @property
@@ -132,7 +135,11 @@ class Bottleneck(nn.Module):
         residual = self.relu(_convolve(self.conv1, self.bn1, x))
         residual = self.relu(_convolve(self.conv2, self.bn2, residual))
         residual = _convolve(self.conv3, self.bn3, residual)
-        return self.relu(residual.add_(self.downsample(x)))
+        return self.relu(_add(residual, self.downsample(x), self.in_place))
+
+
+def _add(x: Tensor, y: Tensor, in_place: bool) -> Tensor:
+    return x.add_(y) if in_place else x + y
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Module:
@@ -180,7 +187,8 @@ class ResNet(Trunk):
             fits either.
         stage_with_dcn: which of stages 2 to 5 have it.
         stride_in_1x1: stages begin with the stride in the first 1x1 convolution, as in the Caffe models, instead of the 3x3.
-        checkpointing: keep only the input of each block for the backward pass and compute the rest again: less memory, more time.
+        checkpointing: which activations are computed again in the backward pass, less memory for more time: True, `dict(policy="sqrt")`,
+            `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`. The chain is the blocks of all stages.
 
     Attributes:
         out_channels: of each returned stage.
@@ -192,7 +200,7 @@ class ResNet(Trunk):
                  strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1), dilate_first: bool = True,
                  pretrained: str | None = None, zero_init_residual: bool = True, dcn: Mapping | None = None,
                  stage_with_dcn: Sequence[bool] = (False, False, False, False), stride_in_1x1: bool = False,
-                 checkpointing: bool = False, init_cfg: Mapping | None = None) -> None:
+                 checkpointing: bool | str | Mapping = False, init_cfg: Mapping | None = None) -> None:
         super().__init__(pretrained, init_cfg)
         if depth not in _BLOCKS:
             raise ValueError(f"ResNet comes in depths {', '.join(map(str, _BLOCKS))}; got {depth}")
@@ -216,15 +224,16 @@ class ResNet(Trunk):
         block = BasicBlock if depth < 50 else Bottleneck
         self.out_stages = tuple(out_stages)
         self.frozen_stages = frozen_stages
-        self.checkpointing = checkpointing
+        self.checkpointing = Checkpointing.of(checkpointing)
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = _NORMS[norm](64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
+        in_place = self.checkpointing.policy != "selective"                                 # it keeps what convolutions gave
         channels, stride, out_channels, out_strides, before = 64, 4, [], [], 1
         stages = zip(range(2, self.out_stages[-1] + 1), _BLOCKS[depth], strides, dilations, stage_with_dcn, strict=False)
         for stage, blocks, stage_stride, dilation, deformable in stages:                   # no further than needed
-            style = BlockStyle(dilation, _NORMS[norm], dcn if deformable else None, stride_in_1x1)
+            style = BlockStyle(dilation, _NORMS[norm], dcn if deformable else None, stride_in_1x1, in_place)
             width = 64 * 2 ** (stage - 2)
             layers = []
             for index in range(blocks):
@@ -247,13 +256,12 @@ class ResNet(Trunk):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] to one [B, C_i, H / s_i, W / s_i] for each of `out_stages`; sizes are rounded up."""
         x = self.maxpool(self.relu(_convolve(self.conv1, self.bn1, images)))
-        features = []
+        blocks, last = [], []                                                                # of all stages; the last ones of those wanted
         for stage in range(2, self.out_stages[-1] + 1):
-            for block in getattr(self, f"layer{stage - 1}"):
-                x = recompute(block, x) if self.checkpointing else block(x)
+            blocks += getattr(self, f"layer{stage - 1}")
             if stage in self.out_stages:
-                features.append(x)
-        return tuple(features)
+                last.append(len(blocks) - 1)
+        return run_blocks(blocks, x, checkpointing=self.checkpointing, outputs_of=last)
 
     def train(self, mode: bool = True) -> ResNet:
         super().train(mode)

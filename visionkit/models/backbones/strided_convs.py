@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from visionkit.models.backbones.pretrained import Trunk
+from visionkit.ops.checkpointing import Checkpointing, run_blocks
 from visionkit.registry import BACKBONES
 
 
@@ -19,11 +20,14 @@ class StridedConvs(Trunk):
         channels: of each convolution; 64, 128, 256 for images of 32 pixels (`basic32x32` in the authors' code), and 512 more for 64.
         pretrained: a checkpoint of this network, or of any model with one, to start from; see `Trunk`.
         init_cfg: the same in mmengine's form.
+        checkpointing: which blocks' activations are computed again in the backward pass, less memory for more time: True,
+            `dict(policy="sqrt")`, `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`.
     """
 
     def __init__(self, channels: Sequence[int] = (64, 128, 256), pretrained: str | None = None,
-                 init_cfg: Mapping | None = None) -> None:
+                 init_cfg: Mapping | None = None, checkpointing: bool | str | Mapping = False) -> None:
         super().__init__(pretrained, init_cfg)
+        self.checkpointing = Checkpointing.of(checkpointing)
         if not channels or min(channels) < 1:
             raise ValueError(f"channels needs one positive number a convolution, got {tuple(channels)}")
         self.out_channels = tuple(channels)
@@ -32,11 +36,7 @@ class StridedConvs(Trunk):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] to one [B, C_i, H / 2^i, W / 2^i] a convolution, i from 1; sizes are rounded down."""
-        maps = []
-        for block in self.blocks:
-            images = block(images)
-            maps.append(images)
-        return tuple(maps)
+        return run_blocks(self.blocks, images, checkpointing=self.checkpointing, outputs_of=range(len(self.blocks)))
 
     def copy_after(self, index: int) -> nn.Sequential:
         """Layers like those that follow map `index`, with weights of their own: [B, C_index, h, w] to the last map."""

@@ -29,7 +29,8 @@ class ViT(Trunk):
         class_token: a learned token before those of each image, which belongs to no patch.
         returned: `patches`; `class`: the class token alone, as an image of one token, which is what pooling then gives; `all`: the class
             token and the patches after it, without grids.
-        checkpointing: keep only the input of each block for the backward pass and compute the rest again: less memory, more time.
+        checkpointing: which blocks' activations are computed again in the backward pass, less memory for more time: True,
+            `dict(policy="sqrt")`, `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`.
         pretrained: a checkpoint of this network, or of any model with one, to start from; see `Trunk`.
         init_cfg: the same in mmengine's form.
 
@@ -41,8 +42,8 @@ class ViT(Trunk):
     returns_tokens = True
 
     def __init__(self, patch_size: int = 16, channels: int = 768, num_layers: int = 12, num_heads: int = 12, hidden_channels: int = 3072,
-                 position_grid: Sequence[int] = (14, 14), class_token: bool = True, returned: str = "patches", checkpointing: bool = False,
-                 pretrained: str | None = None, init_cfg: Mapping | None = None) -> None:
+                 position_grid: Sequence[int] = (14, 14), class_token: bool = True, returned: str = "patches",
+                 checkpointing: bool | str | Mapping = False, pretrained: str | None = None, init_cfg: Mapping | None = None) -> None:
         super().__init__(pretrained, init_cfg)
         if returned not in ("patches", "class", "all"):
             raise ValueError(f"returned must be 'patches', 'class' or 'all', got {returned!r}")

@@ -1,8 +1,9 @@
 """Deformable DETR (Zhu et al. 2020, arXiv:2010.04159), with iterative box refinement and in two stages."""
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from visionkit.models.layers import MLP, Attention, FeedForward, sinusoid
 from visionkit.models.losses import mean_over_ranks
 from visionkit.models.targets import set_targets
 from visionkit.ops import clip_boxes, cxcywh_to_xyxy, ms_deform_attn
-from visionkit.ops.checkpointing import recompute
+from visionkit.ops.checkpointing import Checkpointing, run_blocks
 from visionkit.registry import BACKBONES, LOSSES, MODELS, NECKS, TARGETS
 from visionkit.structures import ImageBatch, InstanceData, Sample
 
@@ -43,6 +44,13 @@ class Predictions(NamedTuple):
     layers: list[Prediction]            # of every decoder layer
 
 
+class Decoding(NamedTuple):
+    """What a decoder layer gives to the next one."""
+    hidden: Tensor                              # [B, Q, D]
+    reference: Tensor                           # [B, Q, 2 or 4] where each query looks, a point or a box
+    prediction: Prediction | None = None        # of that layer
+
+
 @MODELS.register_module()
 class DeformableDETR(Model):
     """Detection as set prediction where attention reads a few sampled points of a feature pyramid.
@@ -64,7 +72,8 @@ class DeformableDETR(Model):
         set_loss: the loss of one layer, by default weighted likewise.
         max_per_image: predictions kept, best first, of all queries and classes.
         score_threshold: predictions below are dropped; by default none is.
-        checkpointing: keep only the input of each transformer layer for the backward pass and compute the rest again.
+        checkpointing: which activations of the transformer's layers are computed again in the backward pass, less memory for more time:
+            True, `dict(policy="sqrt")`, `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`.
         data_preprocessor: raw images to a batch.
     """
 
@@ -72,7 +81,7 @@ class DeformableDETR(Model):
                  num_points: int = 4, encoder_layers: int = 6, decoder_layers: int = 6, hidden_channels: int = 1024,
                  dropout: float = 0.1, with_box_refine: bool = False, two_stage: bool = False, matcher: dict | nn.Module | None = None,
                  set_loss: dict | nn.Module | None = None, max_per_image: int = 100, score_threshold: float = 0.0,
-                 checkpointing: bool = False, data_preprocessor: dict | nn.Module | None = None) -> None:
+                 checkpointing: bool | str | Mapping = False, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(data_preprocessor)
         if min(num_classes, num_queries, decoder_layers) < 1:
             raise ValueError(f"num_classes, num_queries and decoder_layers must be positive, got {num_classes}, {num_queries} and "
@@ -87,7 +96,7 @@ class DeformableDETR(Model):
         self.two_stage = two_stage
         self.max_per_image = max_per_image
         self.score_threshold = score_threshold
-        self.checkpointing = checkpointing
+        self.checkpointing = Checkpointing.of(checkpointing)
 
         layer = channels, num_heads, num_levels, num_points, hidden_channels, dropout
         self.level_embedding = nn.Parameter(torch.randn(num_levels, channels))
@@ -124,14 +133,11 @@ class DeformableDETR(Model):
             first_stage = None
             position, hidden = self.queries.weight.expand(len(memory), -1, -1).chunk(2, -1)     # [B, Q, D] each
             reference = self.reference_points(position).to(pyramid.centers.dtype).sigmoid()     # [B, Q, 2]
-        layers = []
-        for layer, classify, regress in zip(self.decoder, self.classify, self.regress, strict=False):
-            hidden = self._run(layer, hidden, position, _on_levels(reference, pyramid), memory, pyramid)
-            boxes = _refine(reference, regress(hidden))
-            layers.append(Prediction(classify(hidden).to(boxes.dtype), boxes))
-            if self.with_box_refine:
-                reference = boxes.detach()                                                      # each layer learns its own step
-        return Predictions(first_stage, layers)
+        steps = [functools.partial(_decode, layer, classify, regress, self.with_box_refine)
+                 for layer, classify, regress in zip(self.decoder, self.classify, self.regress, strict=False)]
+        states = run_blocks(steps, Decoding(hidden, reference), position, memory, pyramid, checkpointing=self.checkpointing,
+                            outputs_of=range(len(steps)))
+        return Predictions(first_stage, [state.prediction for state in states])
 
     def encode(self, features: Sequence[Tensor], pyramid: Pyramid) -> Tensor:
         """[B, S, D]: each pixel attends to points around itself on every level."""
@@ -139,9 +145,7 @@ class DeformableDETR(Model):
         position = sinusoid(2 * math.pi * pyramid.centers.flip(-1), memory.shape[2] // 2).flatten(2)    # of y, then of x
         position = position + self.level_embedding[pyramid.levels]
         reference = _on_levels(pyramid.centers, pyramid)                                        # [1 or B, S, L, 2]
-        for layer in self.encoder:
-            memory = self._run(layer, memory, position, reference, pyramid)
-        return memory
+        return run_blocks(self.encoder, memory, position, reference, pyramid, checkpointing=self.checkpointing)
 
     def propose(self, memory: Tensor, pyramid: Pyramid) -> tuple[Prediction, Tensor]:
         """The first stage: every pixel says whether an object is around it, and where (appendix A.4).
@@ -188,9 +192,6 @@ class DeformableDETR(Model):
             sample.pred_instances = InstanceData(bboxes=box, scores=score, labels=index % logits.shape[2])
         return samples
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | Pyramid) -> Tensor:
-        return recompute(layer, *inputs) if self.checkpointing else layer(*inputs)
-
     def _initialise(self) -> None:
         """As the authors' code."""
         if self.two_stage:
@@ -205,6 +206,15 @@ class DeformableDETR(Model):
             nn.init.zeros_(regress.layers[-1].bias)
         if not self.two_stage:
             nn.init.constant_(self.regress[0].layers[-1].bias[2:], -2.0)                        # and of side 0.12
+
+
+def _decode(layer: nn.Module, classify: nn.Module, regress: nn.Module, refine: bool, state: Decoding, position: Tensor, memory: Tensor,
+            pyramid: Pyramid) -> Decoding:
+    """One decoder layer and what it predicts; with `refine`, the next one looks where this one sees a box."""
+    hidden = layer(state.hidden, position, _on_levels(state.reference, pyramid), memory, pyramid)
+    boxes = _refine(state.reference, regress(hidden))
+    reference = boxes.detach() if refine else state.reference                                   # each layer learns its own step
+    return Decoding(hidden, reference, Prediction(classify(hidden).to(boxes.dtype), boxes))
 
 
 class DeformableEncoderLayer(nn.Module):

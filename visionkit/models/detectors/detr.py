@@ -1,6 +1,7 @@
 """DETR: object detection as set prediction (Carion et al. 2020, arXiv:2005.12872)."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class DETR(Model):
         matcher: by default the paper's costs, see `HungarianMatcher`.
         set_loss: by default the paper's weights, see `SetPredictionLoss`.
         score_threshold: predictions below are dropped; by default none is.
-        checkpointing: of the transformer's layers: less memory, more time.
+        checkpointing: of the transformer's layers: less memory, more time; see `Transformer`.
         data_preprocessor: raw images to a batch.
     """
 
@@ -62,7 +63,7 @@ class DETR(Model):
                  hidden_channels: int = 2048, encoder_layers: int = 6, decoder_layers: int = 6, dropout: float = 0.1,
                  inner_dropout: float = 0.0, pre_norm: bool = False, position: str = "sine", auxiliary_losses: bool = True,
                  matcher: dict | nn.Module | None = None, set_loss: dict | nn.Module | None = None, score_threshold: float = 0.0,
-                 checkpointing: bool = False, data_preprocessor: dict | nn.Module | None = None) -> None:
+                 checkpointing: bool | str | Mapping = False, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(data_preprocessor)
         if min(num_classes, num_queries, decoder_layers) < 1:
             raise ValueError(f"num_classes, num_queries and decoder_layers must be positive, got {num_classes}, {num_queries} and "

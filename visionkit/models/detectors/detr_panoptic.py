@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from visionkit.models.detectors.detr import DETR, Decoded
 from visionkit.models.losses import mean_over_ranks
 from visionkit.models.targets import set_targets
 from visionkit.ops import clip_boxes, cxcywh_to_xyxy, sigmoid_focal_loss
-from visionkit.ops.checkpointing import recompute
+from visionkit.ops.checkpointing import Checkpointing, recompute
 from visionkit.registry import MODELS, ConfigError
 from visionkit.structures import ImageBatch, InstanceData, PanopticMap, Sample, Segment
 from visionkit.structures.panoptic_map import areas_of
@@ -48,7 +48,8 @@ class DetrPanoptic(DETR):
             over M heads and h x w positions, small beside the features; from scratch, about M * h * w lets the masks of queries part early.
         query_chunk: queries whose masks are computed at a time; fewer take less memory, in training with `checkpointing`.
         backbone: images to feature maps, of which the mask head reads the last four.
-        num_classes and the arguments after query_chunk: of `DETR`.
+        num_classes and the arguments after query_chunk: of `DETR`; `checkpointing` holds for the mask head too, where chunks of queries do
+            not depend on each other, so that `sqrt` is `every`.
     """
 
     def __init__(self, backbone: dict | nn.Module, num_classes: int, num_things: int, freeze_detr: bool = False, mask_weight: float = 1.0,
@@ -57,7 +58,7 @@ class DetrPanoptic(DETR):
                  hidden_channels: int = 2048, encoder_layers: int = 6, decoder_layers: int = 6, dropout: float = 0.1,
                  inner_dropout: float = 0.0, pre_norm: bool = False, position: str = "sine", auxiliary_losses: bool = True,
                  matcher: dict | nn.Module | None = None, set_loss: dict | nn.Module | None = None, score_threshold: float = 0.0,
-                 checkpointing: bool = False, data_preprocessor: dict | nn.Module | None = None) -> None:
+                 checkpointing: bool | str | Mapping = False, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(backbone, num_classes, num_queries=num_queries, channels=channels, num_heads=num_heads, dropout=dropout,
                          hidden_channels=hidden_channels, encoder_layers=encoder_layers, decoder_layers=decoder_layers,
                          inner_dropout=inner_dropout, pre_norm=pre_norm, position=position, auxiliary_losses=auxiliary_losses,
@@ -79,7 +80,7 @@ class DetrPanoptic(DETR):
         self.min_area = min_area
         self.empty_label = empty_label
         self.query_chunk = query_chunk
-        self.checkpointing = checkpointing
+        self.checkpointing = Checkpointing.of(checkpointing)
         self.freeze_detr = freeze_detr
         if freeze_detr:
             self.requires_grad_(False)                       # what is built from here on is trained
@@ -104,8 +105,7 @@ class DetrPanoptic(DETR):
         masks = [decoded.hidden.new_zeros(0, *finer[-1].shape[1:])]
         for chunk in queries.split(self.query_chunk) if len(queries) else ():
             maps = self.mask_attention(decoded.hidden[image, chunk], decoded.memory[image], decoded.valid[image])   # [K, M, h, w]
-            inputs = maps, decoded.features[image], *finer
-            masks.append(recompute(self.mask_head, *inputs) if self.checkpointing else self.mask_head(*inputs))
+            masks.append(recompute(self.mask_head, maps, decoded.features[image], *finer, checkpointing=self.checkpointing))
         return torch.cat(masks).to(decoded.layers[-1].logits.dtype)
 
     def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:

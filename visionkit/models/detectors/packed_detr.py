@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ class PackedDETR(DETR):
     queries to them, whatever else is in the batch.
 
     Args:
-        backbone: `ImageList` to `PackedSequence`, with the attributes `out_channels` and `strides`.
-        neck: what the backbone gives to other tokens, before the linear layer to D channels; by default there is none.
+        backbone: `ImageList` to `PackedSequence`, with the attributes `out_channels` and `strides`, and `patches_per_token` where it puts
+            several patches side by side.
+        neck: what the backbone gives to other tokens, such as `MLPProjector`, before the linear layer to D channels; by default there is
+            none.
         num_classes and the arguments after neck: of `DETR`.
     """
 
@@ -30,23 +32,24 @@ class PackedDETR(DETR):
                  channels: int = 256, num_heads: int = 8, hidden_channels: int = 2048, encoder_layers: int = 6, decoder_layers: int = 6,
                  dropout: float = 0.1, inner_dropout: float = 0.0, pre_norm: bool = False, auxiliary_losses: bool = True,
                  matcher: dict | nn.Module | None = None, set_loss: dict | nn.Module | None = None, score_threshold: float = 0.0,
-                 checkpointing: bool = False, data_preprocessor: dict | nn.Module | None = None) -> None:
+                 checkpointing: bool | str | Mapping = False, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(backbone, num_classes, num_queries=num_queries, channels=channels, num_heads=num_heads, dropout=dropout,
                          hidden_channels=hidden_channels, encoder_layers=encoder_layers, decoder_layers=decoder_layers,
                          inner_dropout=inner_dropout, pre_norm=pre_norm, auxiliary_losses=auxiliary_losses, matcher=matcher,
                          set_loss=set_loss, score_threshold=score_threshold, checkpointing=checkpointing,
-                         data_preprocessor=data_preprocessor)
+                         data_preprocessor=data_preprocessor or {"type": "NativeResolutionPreprocessor"})
         if channels % 4:
             raise ValueError(f"y and x have sines and cosines each and need a multiple of 4 channels, got {channels}")
         self.channels = channels
-        width = self.backbone.out_channels[-1]
-        self.neck = nn.Identity() if neck is None else NECKS.make(neck, at="neck", in_channels=width)
-        self.project = nn.Linear(width if neck is None else self.neck.out_channels, channels)
+        width, strides = self.backbone.out_channels, self.backbone.strides
+        self.neck = nn.Identity() if neck is None else NECKS.make(neck, at="neck", in_channels=width, strides=strides)
+        width = width[-1] * getattr(self.backbone, "patches_per_token", 1) if neck is None else self.neck.out_channels[-1]
+        self.project = nn.Linear(width, channels)
 
     def forward(self, images: ImageList) -> list[SetPrediction]:
         """One prediction a decoder layer, the last one last."""
         tokens = self.neck(self.backbone(images))
-        tokens = tokens.replace(self.project(tokens.tokens))                                                # [T, D]
+        tokens = tokens.replace(self.project(tokens.tokens.flatten(1)))                                     # [T, D]
         positions = self.positions(tokens, images.sizes).to(tokens.tokens.dtype)
         queries = self.queries.weight.repeat(len(images), 1)                                                # [B * Q, D]
         of_queries = PackedSequence.of_lengths(queries, [len(self.queries.weight)] * len(images))

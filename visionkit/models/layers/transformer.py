@@ -6,7 +6,7 @@ and keys, never to values (DETR, arXiv:2005.12872, appendix A.3).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkit.ops.attention import varlen_attention
-from visionkit.ops.checkpointing import recompute
+from visionkit.ops.checkpointing import Checkpointing, run_blocks
 from visionkit.structures import PackedSequence
 
 # B sequences of T target or S source tokens, D channels; `valid` is [B, S] bool, false on padding, None where nothing is padded.
@@ -188,19 +188,17 @@ class TransformerEncoder(nn.Module):
 
     def __init__(self, num_layers: int, channels: int, num_heads: int, hidden_channels: int, dropout: float = 0.1,
                  inner_dropout: float = 0.0, activation: str = "relu", pre_norm: bool = False, final_norm: bool = False,
-                 checkpointing: bool = False) -> None:
+                 checkpointing: bool | str | Mapping | Checkpointing = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             TransformerEncoderLayer(channels, num_heads, hidden_channels, dropout, inner_dropout, activation, pre_norm)
             for _ in range(num_layers))
         self.norm = nn.LayerNorm(channels) if final_norm else nn.Identity()
-        self.checkpointing = checkpointing
+        self.checkpointing = Checkpointing.of(checkpointing)
 
     def forward(self, x: Tensor, position: Tensor | None = None, valid: Tensor | Borders | None = None) -> Tensor:
         """[B, S, D] to [B, S, D]; `position` [B, S, D] is added to the queries and keys of every layer."""
-        for layer in self.layers:
-            x = recompute(layer, x, position, valid) if self.checkpointing else layer(x, position, valid)
-        return self.norm(x)
+        return self.norm(run_blocks(self.layers, x, position, valid, checkpointing=self.checkpointing))
 
 
 class TransformerDecoder(nn.Module):
@@ -208,23 +206,20 @@ class TransformerDecoder(nn.Module):
 
     def __init__(self, num_layers: int, channels: int, num_heads: int, hidden_channels: int, dropout: float = 0.1,
                  inner_dropout: float = 0.0, activation: str = "relu", pre_norm: bool = False, final_norm: bool = False,
-                 checkpointing: bool = False) -> None:
+                 checkpointing: bool | str | Mapping | Checkpointing = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             TransformerDecoderLayer(channels, num_heads, hidden_channels, dropout, inner_dropout, activation, pre_norm)
             for _ in range(num_layers))
         self.norm = nn.LayerNorm(channels) if final_norm else nn.Identity()
-        self.checkpointing = checkpointing
+        self.checkpointing = Checkpointing.of(checkpointing)
 
     def forward(self, x: Tensor, memory: Tensor, position: Tensor | None = None, memory_position: Tensor | None = None,
                 valid: Tensor | Borders | None = None, memory_valid: Tensor | Borders | None = None, causal: bool = False) -> list[Tensor]:
         """[B, T, D] and what the encoder read, [B, S, D], to the output [B, T, D] of every layer, normalised, the last one last."""
         others = (memory, _at(memory_position, memory), position, valid, memory_valid, causal)
-        outputs = []
-        for layer in self.layers:
-            x = recompute(layer, x, *others) if self.checkpointing else layer(x, *others)
-            outputs.append(self.norm(x))
-        return outputs
+        outputs = run_blocks(self.layers, x, *others, checkpointing=self.checkpointing, outputs_of=range(len(self.layers)))
+        return [self.norm(output) for output in outputs]
 
 
 class Transformer(nn.Module):
@@ -244,14 +239,16 @@ class Transformer(nn.Module):
         encoder_norm: normalise what the encoder gives, once more. The paper does not, `torch.nn.Transformer` does. None: where `pre_norm`
             makes it necessary.
         decoder_norm: likewise.
-        checkpointing: keep only the input of each layer for the backward pass and compute the rest again: less memory, more time.
+        checkpointing: which activations are computed again in the backward pass, less memory for more time: True, `dict(policy="sqrt")`,
+            `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`. Encoder and decoder are a chain of layers each.
     """
 
     def __init__(self, channels: int = 512, num_heads: int = 8, hidden_channels: int = 2048, encoder_layers: int = 6,
                  decoder_layers: int = 6, dropout: float = 0.1, inner_dropout: float = 0.0, activation: str = "relu",
                  pre_norm: bool = False, encoder_norm: bool | None = None, decoder_norm: bool | None = None,
-                 checkpointing: bool = False) -> None:
+                 checkpointing: bool | str | Mapping | Checkpointing = False) -> None:
         super().__init__()
+        checkpointing = Checkpointing.of(checkpointing)
         layer = (channels, num_heads, hidden_channels, dropout, inner_dropout, activation, pre_norm)
         self.encoder = TransformerEncoder(encoder_layers, *layer, pre_norm if encoder_norm is None else encoder_norm, checkpointing)
         self.decoder = TransformerDecoder(decoder_layers, *layer, pre_norm if decoder_norm is None else decoder_norm, checkpointing)

@@ -2,7 +2,7 @@
 Dehghani et al. 2023, NaViT, arXiv:2307.06304): images of any size, one after the other, with no token that belongs to none."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visionkit.models.layers.transformer import FeedForward
 from visionkit.ops.attention import varlen_attention
-from visionkit.ops.checkpointing import recompute
+from visionkit.ops.checkpointing import Checkpointing, run_blocks
 from visionkit.structures import ImageBatch, ImageList, PackedSequence
 
 # n images of h x w patches, P pixels the side of a patch; T tokens of all images, C channels, H heads of D channels
@@ -192,23 +192,21 @@ class VisionTransformerEncoder(nn.Module):
 
     Args:
         num_layers: blocks.
-        checkpointing: keep only the input of each block for the backward pass and compute the rest again: less memory, more time.
+        checkpointing: which blocks' activations are computed again in the backward pass, less memory for more time: True,
+            `dict(policy="sqrt")`, `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`.
     """
 
     def __init__(self, num_layers: int, channels: int, num_heads: int, hidden_channels: int, activation: str = "gelu", eps: float = 1e-6,
-                 checkpointing: bool = False) -> None:
+                 checkpointing: bool | str | Mapping | Checkpointing = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(VisionTransformerBlock(channels, num_heads, hidden_channels, activation, eps)
                                     for _ in range(num_layers))
         self.norm = nn.LayerNorm(channels, eps)
-        self.checkpointing = checkpointing
+        self.checkpointing = Checkpointing.of(checkpointing)
 
     def forward(self, tokens: PackedSequence, rotation: Tensor | None = None) -> PackedSequence:
         """Tokens [T, C] to tokens [T, C]; `rotation` is the same for all blocks."""
-        x = tokens.tokens
-        others = (tokens.cu_seqlens, tokens.max_seqlen, rotation)
-        for block in self.blocks:
-            x = recompute(block, x, *others) if self.checkpointing else block(x, *others)
+        x = run_blocks(self.blocks, tokens.tokens, tokens.cu_seqlens, tokens.max_seqlen, rotation, checkpointing=self.checkpointing)
         return tokens.replace(self.norm(x))
 
 
