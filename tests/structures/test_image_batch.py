@@ -21,6 +21,13 @@ def test_valid_marks_the_image_and_not_its_padding():
     assert ImageBatch.stack([torch.zeros(3, 2, 3)] * 2, divisor=4).padded
 
 
+def test_some_images_and_another_dtype():
+    batch = ImageBatch.stack([torch.zeros(3, 2, 3), torch.ones(3, 4, 1)]).to(torch.float64)
+    assert batch[1:].sizes == ((4, 1),)
+    assert torch.equal(batch[1:].tensor, batch.tensor[1:])
+    assert batch.tensor.dtype == torch.float64
+
+
 @pytest.mark.parametrize("sizes, message", [([(4, 4)], "1 sizes for 2 images"), ([(4, 4), (5, 4)], "image 1 is said to be 5x4")])
 def test_a_batch_that_breaks_its_law_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):

@@ -21,6 +21,13 @@ def test_a_size_is_all_of_the_image_unless_it_is_said():
     assert images.device == torch.device("cpu")
 
 
+def test_some_images_and_another_dtype():
+    images = ImageList((torch.zeros(3, 4, 5), torch.ones(3, 2, 9)), ((4, 5), (2, 7))).to(torch.float64)
+    assert images.sizes == ((4, 5), (2, 7))
+    assert images[1:].sizes == ((2, 7),)
+    assert torch.equal(images[1:].images[0], torch.ones(3, 2, 9, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("images, sizes, message", [
     ([], (), "at least one image"),
     ([torch.zeros(3, 4, 4)], ((4, 4), (4, 4)), "2 sizes for 1 images"),

@@ -59,6 +59,14 @@ class ImageBatch:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def __getitem__(self, images: slice) -> ImageBatch:
+        """Some of the images, in the same canvas."""
+        return ImageBatch(self.tensor[images], self.sizes[images])
+
+    def to(self, dtype: torch.dtype) -> ImageBatch:
+        """The same images in another dtype."""
+        return ImageBatch(self.tensor.to(dtype), self.sizes)
+
     @property
     def device(self) -> torch.device:
         return self.tensor.device

@@ -59,6 +59,14 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getitem__(self, images: slice) -> ImageList:
+        """Some of the images."""
+        return ImageList(self.images[images], self.sizes[images])
+
+    def to(self, dtype: torch.dtype) -> ImageList:
+        """The same images in another dtype."""
+        return ImageList(tuple(image.to(dtype) for image in self.images), self.sizes)
+
     @property
     def device(self) -> torch.device:
         return self.images[0].device

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from visionkit.models.base import Model
-from visionkit.structures import ImageBatch, InstanceData, Sample
+from visionkit.structures import ImageBatch, ImageList, InstanceData, Sample
 from visionkit.testing.module import check_gradients, check_modes, check_state_dict, promise, require
 
 # N boxes in an image; h, w of the network input without padding
@@ -77,7 +77,7 @@ def check_model(model: Model, *, num_classes: int, image_sizes: Sequence[tuple[i
 
 
 def _batch(model: Model, sizes: Sequence[tuple[int, int]], num_boxes: int, num_classes: int, masks: bool,
-           scale: float = 1.0) -> tuple[ImageBatch, list[Sample]]:
+           scale: float = 1.0) -> tuple[ImageBatch | ImageList, list[Sample]]:
     """Random images of `sizes`, each shrunk from one `scale` times as large, with `num_boxes` random boxes."""
     generator = torch.Generator().manual_seed(0)
     inputs, samples = [], []
@@ -119,9 +119,9 @@ def _predict(model: Model, sizes: Sequence[tuple[int, int]], scale: float = 1.0,
     """What the model finds; `only` keeps one image of the batch."""
     name = type(model).__name__
     images, samples = _batch(model, sizes, 0, 1, False, scale)
-    images = ImageBatch(images.tensor.to(next(model.parameters()).dtype), images.sizes)
+    images = images.to(next(model.parameters()).dtype)
     if only is not None:
-        images, samples = ImageBatch(images.tensor[only:only + 1], images.sizes[only:only + 1]), samples[only:only + 1]
+        images, samples = images[only:only + 1], samples[only:only + 1]
     wanted = [sample.img_id for sample in samples]
     predicted = model.predict(images, samples)
     require([sample.img_id for sample in predicted] == wanted, f"{name}.predict must return one sample an image, in the order given")

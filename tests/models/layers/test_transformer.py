@@ -220,5 +220,5 @@ def test_wrong_settings_are_refused():
     for heads in (4, 0):
         with pytest.raises(ValueError, match=f"10 channels cannot be split among {heads} heads"):
             Attention(10, heads)
-    with pytest.raises(ValueError, match="relu, gelu; got 'swish'"):
+    with pytest.raises(ValueError, match="relu, gelu, gelu_tanh; got 'swish'"):
         FeedForward(8, 8, activation="swish")
