@@ -1,3 +1,4 @@
+import functools
 import random
 from pathlib import Path
 
@@ -8,13 +9,14 @@ from visionkit.engine import load_config
 from visionkit.registry import MODELS
 
 ROOT = Path(__file__).parents[1]
+read = functools.cache(load_config)
 CARDS = [path for path in sorted((ROOT / "configs").glob("**/*.py")) if path.parent.name != "_base_"]
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
 def test_every_recipe_card_builds_its_model(card):
     with torch.device("meta"):                                              # no weights are drawn, which takes seconds
-        model = MODELS.make(load_config(card).model, at="model")
+        model = MODELS.make(read(card).model, at="model")
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -35,7 +37,7 @@ def test_the_cards_with_and_without_a_pretrained_trunk_differ_in_nothing_else():
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
 def test_every_recipe_card_counts_its_checkpoints_as_it_trains(card):
-    cfg = load_config(card)
+    cfg = read(card)
     by_iterations = cfg.train_cfg.type == "IterLoop"
     assert cfg.default_hooks.checkpoint.get("by_epoch", True) != by_iterations
     assert cfg.log_processor.by_epoch != by_iterations
