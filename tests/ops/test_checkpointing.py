@@ -2,6 +2,7 @@ import contextlib
 import copy
 import functools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -210,6 +211,30 @@ def test_inputs_and_outputs_may_be_nested_named_or_no_tensors_and_need_no_gradie
         found.append([result["x"], *result["more"], *([x.grad] if needs_gradient else []), *(value.grad for value in blocks.parameters())])
         blocks.zero_grad()
     assert_equal(*found)
+
+
+@dataclass
+class Pack:
+    tokens: torch.Tensor
+    lengths: tuple = (3, 5)
+
+
+def test_tensors_of_a_dataclass_are_kept_and_watched_as_others_are():
+    block = Block()
+
+    def on_pack(pack):
+        return Pack(block(pack.tokens), pack.lengths)
+
+    pack = Pack(tokens() * 1)
+    run = functools.partial(run_blocks, [on_pack, on_pack], pack, checkpointing="every")
+    held, output = held_by(run, block.parameters())
+    assert held == 2 * pack.tokens.nbytes
+    assert torch.autograd.grad(output.tokens.sum(), pack.tokens)[0].any()
+    output = run()
+    with torch.no_grad():
+        pack.tokens.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.tokens.sum().backward()
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
