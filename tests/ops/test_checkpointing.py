@@ -425,11 +425,11 @@ def test_without_gradients_and_in_eval_mode_it_is_an_ordinary_call(policy, mode)
 
 def test_frozen_blocks_at_the_beginning_run_once_and_are_no_part_of_the_chain():
     blocks = chain(7)
-    for block in blocks[:3]:
+    for block in blocks[:2]:
         block.eval().requires_grad_(False)
     calls = [count_calls([block]) for block in blocks]
     run_blocks(blocks, tokens(), checkpointing="sqrt").sum().backward()
-    assert [len(call) for call in calls] == [1, 1, 1, 2, 2, 1, 1]
+    assert [len(call) for call in calls] == [1, 1, 2, 2, 2, 2, 1]       # segments of 2, 2 and 1
 
 
 class OpCount(TorchDispatchMode):
