@@ -10,13 +10,13 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from visionkit.registry import ConfigError, did_you_mean
@@ -92,7 +92,7 @@ def run_blocks(blocks: Iterable[Callable], x: Any, *others: Any, checkpointing: 
 
     Args:
         blocks: modules, or functions, see `recompute`. Those at the beginning that are in eval mode, such as frozen ones, always run once.
-        x: what the first block takes: a tensor, or several in a tuple or dict that every block takes and gives.
+        x: what the first block takes: a tensor, or several in a tuple, dict or dataclass that every block takes and gives.
         others: what all blocks take besides.
         checkpointing: see `Checkpointing.of`. Without gradients, and in eval mode, it makes no difference.
         outputs_of: numbers of the blocks whose outputs are wanted, from 0; they are kept whatever the policy. None: the last one's.
@@ -129,7 +129,7 @@ def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool
     Args:
         block: a module, or a function that computes the same whenever it is called. Of a function the modules are known that it is a
             method of or that are among the arguments of a `functools.partial`; batch normalisation elsewhere is updated twice.
-        inputs: anything; tensors in tuples, lists and dicts are kept as well as those by themselves.
+        inputs: anything; tensors in tuples, lists, dicts and dataclasses are kept as well as those by themselves.
         checkpointing: see `Checkpointing.of`; for a single block `sqrt` is `every`. With `selective` a graph can be gone through backwards
             once only; a second time, as for gradients of gradients, is an error.
         keywords: further inputs, by name.
@@ -142,18 +142,20 @@ def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool
     if not checkpointing or not torch.is_grad_enabled() or not _in_training(block):
         return block(*inputs, **keywords)
     leaves, form = tree_flatten((inputs, keywords))          # so that torch sees all tensors: their devices, and changes in place
+    inside = [tensor for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)
+              for tensor in tree_leaves(vars(leaf)) if isinstance(tensor, torch.Tensor)]
 
-    def call(*leaves: Any) -> Any:
-        positional, named = tree_unflatten(list(leaves), form)
+    def call(*leaves_and_inside: Any) -> Any:
+        positional, named = tree_unflatten(list(leaves_and_inside[:len(leaves)]), form)
         return block(*positional, **named)
 
     norms = [module for module in _modules(block) if isinstance(module, _BatchNorm)]
     if checkpointing.policy == "selective":
         keep = _keeps(checkpointing.keep)
-        return checkpoint(call, *leaves, use_reentrant=False, context_fn=lambda: _selective_contexts(keep, norms), **_SEEN)
+        return checkpoint(call, *leaves, *inside, use_reentrant=False, context_fn=lambda: _selective_contexts(keep, norms), **_SEEN)
     if norms:
-        return checkpoint(call, *leaves, use_reentrant=False, context_fn=lambda: (nullcontext(), _StatisticsKept(norms)))
-    return checkpoint(call, *leaves, use_reentrant=False)    # torch.compile takes no contexts but torch's own
+        return checkpoint(call, *leaves, *inside, use_reentrant=False, context_fn=lambda: (nullcontext(), _StatisticsKept(norms)))
+    return checkpoint(call, *leaves, *inside, use_reentrant=False)      # without contexts torch.compile takes it
 
 
 class _Segment:
