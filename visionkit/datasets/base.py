@@ -14,7 +14,7 @@ from mmengine.utils import is_abs
 from visionkit.datasets.roots import resolve
 from visionkit.datasets.sampler import Draw, draw_seed, seeded
 from visionkit.registry import ConfigError, did_you_mean
-from visionkit.transforms import BrokenImageError, build_pipeline
+from visionkit.transforms import BrokenImageError, build_pipeline, output_size, random_size
 
 MAX_REPLACEMENTS = 20
 
@@ -79,6 +79,32 @@ class Dataset(BaseDataset):
     def get_data_info(self, idx: int) -> dict[str, Any]:
         """One record, without its image."""
         return super().get_data_info(idx + len(self) if idx < 0 else idx)        # mmengine fails at -len
+
+    @property
+    def random_size(self) -> bool:
+        """Whether the pipeline draws the size of an image, so that it depends on the draw's seed."""
+        return random_size(self.pipeline)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """The (height, width) of an image before any transform, pixels. Loads nothing.
+
+        Raises:
+            ConfigError: the records do not tell.
+        """
+        record = Dataset.get_data_info(self, index)          # not a subclass's, which may make the picture
+        if not record.get("height") or not record.get("width"):
+            raise ConfigError(f"the records of {type(self).__name__} have no `height` and `width`, so an image's size is not known before "
+                              f"it is loaded")
+        return record["height"], record["width"]
+
+    def output_size(self, index: int) -> tuple[int, int]:
+        """The (height, width) of the image that `dataset[index]` gives. Loads nothing.
+
+        Raises:
+            ConfigError: the records do not tell, or a transform does not.
+        """
+        with seeded(index.seed if isinstance(index, Draw) and self.random_size else None):
+            return output_size(self.pipeline, *self.image_size(index))
 
     def __getitem__(self, index: int) -> Any:
         with seeded(index.seed if isinstance(index, Draw) else None):
