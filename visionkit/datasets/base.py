@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from mmengine.utils import is_abs
 
 from visionkit.datasets.roots import resolve
-from visionkit.datasets.sampler import Draw, draw_seed, seeded
+from visionkit.datasets.sampler import Draw, draw_seed, generators_kept, seed_generators, seeded
 from visionkit.registry import ConfigError, did_you_mean
 from visionkit.transforms import BrokenImageError, build_pipeline, output_size, random_size
 
@@ -97,14 +97,21 @@ class Dataset(BaseDataset):
                               f"it is loaded")
         return record["height"], record["width"]
 
-    def output_size(self, index: int) -> tuple[int, int]:
-        """The (height, width) of the image that `dataset[index]` gives. Loads nothing.
+    def output_sizes(self, indices: Iterable[int]) -> list[tuple[int, int]]:
+        """The (height, width) of the images that `dataset[index]` gives for each index or draw. Loads nothing.
 
         Raises:
             ConfigError: the records do not tell, or a transform does not.
         """
-        with seeded(index.seed if isinstance(index, Draw) and self.random_size else None):
-            return output_size(self.pipeline, *self.image_size(index))
+        if not self.random_size:
+            return [output_size(self.pipeline, *self.image_size(index)) for index in indices]
+        sizes = []
+        with generators_kept():
+            for index in indices:
+                if isinstance(index, Draw):
+                    seed_generators(index.seed)
+                sizes.append(output_size(self.pipeline, *self.image_size(index)))
+        return sizes
 
     def __getitem__(self, index: int) -> Any:
         with seeded(index.seed if isinstance(index, Draw) else None):

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from visionkit.datasets.sampler import Draw
@@ -10,7 +11,7 @@ from visionkit.registry import LENGTHS, ConfigError
 
 # A length is called with a data set and a draw and returns a whole number of 1 or more. Its `varies(dataset)` says whether that depends on
 # the draw's seed, as where a transform draws the size of the image; where it does not, each sample is asked for once. A length without
-# `varies` is asked for every draw.
+# `varies` is asked for every draw. It may have `of_draws(dataset, draws)`, which returns the lengths of several.
 
 
 @LENGTHS.register_module()
@@ -18,7 +19,7 @@ class ImageTokens:
     """The tokens of an image in a vision transformer that takes images in their own size, such as MoonViT (arXiv:2504.07491, sec. 2.1):
     height and width are filled up to whole groups of `merge` x `merge` patches.
 
-    The size is that which leaves the data set's pipeline (`Dataset.output_size`).
+    The size is that which leaves the data set's pipeline (`Dataset.output_sizes`).
 
     Args:
         patch_size: the side of a patch, pixels.
@@ -35,17 +36,31 @@ class ImageTokens:
 
     def varies(self, dataset: Any) -> bool:
         """Whether a transform draws the size of the image."""
-        return any(leaf.random_size for leaf in leaves(dataset) if hasattr(leaf, "random_size"))
+        return any(getattr(leaf, "random_size", False) for leaf in leaves(dataset))
 
     def __call__(self, dataset: Any, draw: int) -> int:
-        leaf, index = find_leaf(dataset, draw)
-        if not hasattr(leaf, "output_size"):
+        return self.of_draws(dataset, [draw])[0]
+
+    def of_draws(self, dataset: Any, draws: Iterable[int]) -> list[int]:
+        """The length of each of several draws, which takes less time than one by one."""
+        lengths: dict[int, int] = {}                         # by the place among the draws
+        by_leaf: dict[int, list[tuple[int, Any, int]]] = defaultdict(list)
+        for place, draw in enumerate(draws):
+            leaf, index = find_leaf(dataset, draw)
+            by_leaf[id(leaf)].append((place, leaf, index))
+        for found in by_leaf.values():
+            places, (leaf, *_), indices = zip(*found, strict=True)
+            self._check(dataset, leaf, indices[0])
+            lengths.update(zip(places, (self.of_size(*size) for size in leaf.output_sizes(indices)), strict=True))
+        return [lengths[place] for place in range(len(lengths))]
+
+    def _check(self, dataset: Any, leaf: Any, index: int) -> None:
+        if not hasattr(leaf, "output_sizes"):
             raise ConfigError(f"{type(leaf).__name__} does not tell the size of an image without loading it; give it a method "
-                              f"output_size(index) that returns (height, width), or choose another length", ("type",))
-        if not isinstance(index, Draw) and leaf.random_size:
+                              f"output_sizes(indices) that returns the (height, width) of each, or choose another length", ("type",))
+        if not isinstance(index, Draw) and getattr(leaf, "random_size", False):
             raise ConfigError(f"the size of an image is drawn with the seed of its draw, which {type(dataset).__name__} drops; use a "
                               f"wrapper that keeps it, such as ConcatDataset or RepeatDataset", ("type",))
-        return self.of_size(*leaf.output_size(index))
 
     def of_size(self, height: int, width: int) -> int:
         """The tokens of an image of so many pixels."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ from torch.utils.data import Sampler
 from visionkit.datasets.packing import Pack, pack_all
 from visionkit.datasets.sampler import Draw, DrawSampler, InfiniteDrawSampler, draw_seed
 from visionkit.registry import LENGTHS, PACKERS, SAMPLERS, ConfigError
+
+ASKED_TOGETHER = 1024                                        # draws whose lengths are asked for at once
 
 
 class Place(NamedTuple):
@@ -136,22 +138,32 @@ class PackedBatchSampler(Sampler[list[Draw]]):
                                   f"or make the images smaller", ("max_tokens",))
 
     def _samples(self, epoch: int) -> Iterator[tuple[Place, int]]:
+        places = [Place(epoch, position, index) for position, index in enumerate(self.sampler.order(epoch).tolist())]
         lengths = self.lengths()
-        for position, index in enumerate(self.sampler.order(epoch).tolist()):
-            place = Place(epoch, position, index)
-            yield place, self._ask(self._draw(place)) if lengths is None else lengths[index]
+        if lengths is not None:
+            yield from ((place, lengths[place.index]) for place in places)
+            return
+        for start in range(0, len(places), ASKED_TOGETHER):
+            some = places[start:start + ASKED_TOGETHER]
+            yield from zip(some, self._ask([self._draw(place) for place in some]), strict=True)
 
     def lengths(self) -> list[int] | None:
         """Of each sample, in tokens; None where they depend on the draw."""
         if self._lengths is None and not getattr(self.length, "varies", lambda dataset: True)(self.sampler.dataset):
-            self._lengths = [self._ask(index) for index in range(len(self.sampler.dataset))]
+            self._lengths = self._ask(range(len(self.sampler.dataset)))
         return self._lengths
 
-    def _ask(self, draw: int) -> int:
-        length = int(self.length(self.sampler.dataset, draw))
-        if length < 1:
-            raise ValueError(f"{type(self.length).__name__} gives sample {int(draw)} a length of {length}; a sample has 1 token or more")
-        return length
+    def _ask(self, draws: Sequence[int]) -> list[int]:
+        dataset = self.sampler.dataset
+        if hasattr(self.length, "of_draws"):
+            lengths = self.length.of_draws(dataset, draws)
+        else:
+            lengths = [int(self.length(dataset, draw)) for draw in draws]
+        if min(lengths, default=1) < 1:
+            shortest = lengths.index(min(lengths))
+            raise ValueError(f"{type(self.length).__name__} gives sample {int(draws[shortest])} a length of {lengths[shortest]}; a sample "
+                             f"has 1 token or more")
+        return lengths
 
     def _draw(self, place: Place) -> Draw:
         return Draw(place.index, draw_seed(self.sampler.seed, place.epoch, place.position))
