@@ -97,11 +97,13 @@ class PackedBatchSampler(Sampler[list[Draw]]):
         return self._len
 
     def __iter__(self) -> Iterator[list[Draw]]:
+        # a generator, so that nothing happens before the first batch is asked for: torch's loader makes two iterators and uses one
         skip, self._skip = self._skip, 0
         self.handed_out.clear()
         if isinstance(self.sampler, InfiniteDrawSampler):
-            return self._batches(skip, None)
-        return self._batches(self.sampler.epoch * len(self) + skip, len(self) - skip)
+            yield from self._batches(skip, None)
+        else:
+            yield from self._batches(self.sampler.epoch * len(self) + skip, len(self) - skip)
 
     def _batches(self, first: int, number: int | None) -> Iterator[list[Draw]]:
         step = self.batch_size * self.sampler.world_size     # packs that all processes take together
