@@ -50,7 +50,7 @@ def check(cfg, arguments: argparse.Namespace) -> int:
         if not cfg.get(key) or cfg[key]["dataset"] in reported:
             continue
         reported.append(cfg[key]["dataset"])
-        dataset, sampler = build_data(cfg[key], key)
+        dataset, sampler, _ = build_data(cfg[key], key)
         for path, leaf in leaves(dataset, (key, "dataset")):
             print(f"\n{dotted(path)}: {type(leaf).__name__} {getattr(leaf, 'ann_file', '')}")
             if not isinstance(leaf, DetectionDataset):

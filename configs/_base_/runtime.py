@@ -15,7 +15,7 @@ default_hooks = dict(
 )
 custom_hooks = []
 log_processor = dict(type="LogProcessor", window_size=50, by_epoch=True,
-                     mean_pattern=r".*(loss|time|data_time|grad_norm|images_per_s).*")
+                     mean_pattern=r".*(loss|time|data_time|grad_norm|images_per_s|tokens|fill).*")
 log_level = "INFO"
 # Scalars as JSON lines; TensorBoard is added where it is installed.
 visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")])

@@ -11,7 +11,7 @@ from torch import nn
 
 from visionkit.datasets.sampler import seeded
 from visionkit.models.base import Model
-from visionkit.registry import DATASETS, HOOKS, METRICS, MODELS
+from visionkit.registry import DATASETS, HOOKS, LENGTHS, METRICS, MODELS
 from visionkit.structures import Sample
 
 SEEN: list[tuple[int, float]] = []                           # image id and content of what the model was trained on, in order
@@ -69,6 +69,22 @@ class ToyData:
         if int(draw) in self.broken:
             metainfo["replaced"] = [f"image {int(draw)} is cut short"]
         return {"inputs": image, "data_samples": Sample(metainfo=metainfo)}
+
+
+@LENGTHS.register_module(force=True)
+class ToyLength:
+    """2 to 11 tokens by the draw's seed."""
+
+    def __call__(self, dataset, draw):
+        return 2 + draw.seed % 10
+
+
+@LENGTHS.register_module(force=True)
+class WrongToyLength(ToyLength):
+    """Says another thing of an image that it sees."""
+
+    def of_size(self, height, width):
+        return 12
 
 
 @METRICS.register_module(force=True)

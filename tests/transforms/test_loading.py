@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from visionkit.transforms import BrokenImageError, LoadAnnotations, LoadImageFromFile, decode_image
+from visionkit.transforms import BrokenImageError, LoadAnnotations, LoadImageFromFile, decode_image, read_size
 from visionkit.transforms.loading import decode_mask, missing_end
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
@@ -40,6 +40,19 @@ def test_a_picture_in_memory_is_kept():
     results = LoadImageFromFile()({"img": PICTURE, "img_path": "nowhere.png"})
     assert results["img"] is PICTURE
     assert results["ori_shape"] == (40, 60)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp", ".tif"])
+def test_the_head_of_a_file_tells_the_size_that_decoding_gives(tmp_path, suffix):
+    path = tmp_path / f"picture{suffix}"
+    path.write_bytes(encode(suffix))
+    assert read_size(str(path)) == decode_image(path.read_bytes()).shape[:2] == (40, 60)
+
+
+def test_the_head_of_a_picture_on_its_side_tells_its_upright_size(tmp_path):
+    path = tmp_path / "turned.jpg"
+    path.write_bytes(with_segment(encode(".jpg"), EXIF_TURN))
+    assert read_size(str(path)) == decode_image(path.read_bytes()).shape[:2] == (60, 40)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from mmengine.logging import print_log
 from mmengine.utils import is_abs
 
 from visionkit.datasets.roots import resolve
-from visionkit.datasets.sampler import Draw, draw_seed, seeded
+from visionkit.datasets.sampler import Draw, draw_seed, generators_kept, seed_generators, seeded
 from visionkit.registry import ConfigError, did_you_mean
-from visionkit.transforms import BrokenImageError, build_pipeline
+from visionkit.transforms import BrokenImageError, build_pipeline, output_size, random_size
 
 MAX_REPLACEMENTS = 20
 
@@ -79,6 +79,39 @@ class Dataset(BaseDataset):
     def get_data_info(self, idx: int) -> dict[str, Any]:
         """One record, without its image."""
         return super().get_data_info(idx + len(self) if idx < 0 else idx)        # mmengine fails at -len
+
+    @property
+    def random_size(self) -> bool:
+        """Whether the pipeline draws the size of an image, so that it depends on the draw's seed."""
+        return random_size(self.pipeline)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """The (height, width) of an image before any transform, pixels. Loads nothing.
+
+        Raises:
+            ConfigError: the records do not tell.
+        """
+        record = Dataset.get_data_info(self, index)          # not a subclass's, which may make the picture
+        if not record.get("height") or not record.get("width"):
+            raise ConfigError(f"the records of {type(self).__name__} have no `height` and `width`, so an image's size is not known before "
+                              f"it is loaded")
+        return record["height"], record["width"]
+
+    def output_sizes(self, indices: Iterable[int]) -> list[tuple[int, int]]:
+        """The (height, width) of the images that `dataset[index]` gives for each index or draw. Loads nothing.
+
+        Raises:
+            ConfigError: the records do not tell, or a transform does not.
+        """
+        if not self.random_size:
+            return [output_size(self.pipeline, *self.image_size(index)) for index in indices]
+        sizes = []
+        with generators_kept():
+            for index in indices:
+                if isinstance(index, Draw):
+                    seed_generators(index.seed)
+                sizes.append(output_size(self.pipeline, *self.image_size(index)))
+        return sizes
 
     def __getitem__(self, index: int) -> Any:
         with seeded(index.seed if isinstance(index, Draw) else None):

@@ -9,6 +9,7 @@ from typing import Any
 from visionkit.datasets.base import Dataset
 from visionkit.datasets.roots import require
 from visionkit.registry import DATASETS, ConfigError, did_you_mean
+from visionkit.transforms import BrokenImageError, read_size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -69,6 +70,18 @@ class ImageFolder(Dataset):
             records += [{"img_id": f"{name}/{image}", "img_path": os.path.join(root, name, *image.split("/")), "gt_label": label}
                         for image in images]
         return sorted(records, key=lambda record: record["img_id"])
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """The (height, width) of an image before any transform, pixels. Reads the head of its file.
+
+        Raises:
+            BrokenImageError: that is no image's, also with `on_error="skip"`: what will replace it may have another size.
+        """
+        record = self.get_data_info(index)
+        try:
+            return read_size(record["img_path"])
+        except OSError as error:
+            raise BrokenImageError(f"cannot read the size of the image {record['img_path']}: {error}") from error
 
     def _classes(self, root: str, folders: Sequence[str]) -> tuple[str, ...]:
         classes = tuple(self._metainfo.get("classes", folders))

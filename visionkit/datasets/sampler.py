@@ -145,10 +145,22 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    with generators_kept():
+        seed_generators(seed)
+        yield
+
+
+def seed_generators(seed: int) -> None:
+    """Seed `random`, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)                # torch.manual_seed would also reset every GPU
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restore `random`, numpy and torch after the block. That takes far longer than to seed them, so it is done once for many."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:

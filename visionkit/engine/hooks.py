@@ -24,7 +24,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from visionkit.engine.checkpoint import ENOUGH, check_fit, part_of, sweep_partial_files, to_history, to_plain, write_atomically
-from visionkit.engine.loops import geometry
+from visionkit.engine.loops import geometry, images_in
 from visionkit.engine.schedules import continue_schedule, group_settings
 from visionkit.models.backbones.pretrained import load_part
 from visionkit.registry import HOOKS, ConfigError, did_you_mean
@@ -488,7 +488,7 @@ class ThroughputHook(Hook):
         seconds = time.perf_counter() - self.finished
         self.finished += seconds
         self.worked += seconds
-        runner.message_hub.update_scalar("train/images_per_s", geometry(runner.train_dataloader)["images_per_iter"] / seconds)
+        runner.message_hub.update_scalar("train/images_per_s", images_in(runner.train_dataloader, data_batch) / seconds)
 
     def after_val(self, runner: Runner) -> None:
         self.finished = time.perf_counter()                  # between two iterations of IterLoop

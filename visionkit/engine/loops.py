@@ -1,7 +1,7 @@
 """Training loops that go on at the very next batch, wherever a run stopped."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -12,20 +12,41 @@ from mmengine.runner.base_loop import BaseLoop
 from mmengine.runner.utils import calc_dynamic_intervals
 from torch.utils.data import BatchSampler, DataLoader
 
+from visionkit.datasets.packed_batches import PackedBatchSampler
 from visionkit.datasets.sampler import InfiniteDrawSampler
 from visionkit.registry import LOOPS
 
 
-def geometry(dataloader: DataLoader) -> dict[str, int]:
-    """What an iteration means: how many images all processes take together, and how many iterations an epoch has."""
+def geometry(dataloader: DataLoader) -> dict[str, int | str]:
+    """What an iteration means: how many images, or packs of images, all processes take together, how many iterations an epoch has, and
+    what packs there are depends on."""
     batch_size = getattr(dataloader.batch_sampler, "batch_size", None) or 1
-    return {"images_per_iter": batch_size * get_world_size(), "iters_per_epoch": len(dataloader)}
+    packing = {"packing": dataloader.batch_sampler.recipe} if isinstance(dataloader.batch_sampler, PackedBatchSampler) else {}
+    return {"images_per_iter": batch_size * get_world_size(), "iters_per_epoch": len(dataloader), **packing}
+
+
+def same_images(batches: int, then: Mapping[str, Any], now: Mapping[str, Any]) -> int:
+    """How many batches hold now what so many held then. Where packs are made in another way this is an estimate by the length of an
+    epoch: some images near that place are seen once more, or not."""
+    if then.get("packing") != now.get("packing"):
+        return batches * now["iters_per_epoch"] // then["iters_per_epoch"]
+    return batches * then["images_per_iter"] // now["images_per_iter"]
+
+
+def images_in(dataloader: DataLoader, batch: Any) -> int:
+    """How many images all processes take in this iteration; with packs, estimated from the batch of this process."""
+    if isinstance(dataloader.batch_sampler, PackedBatchSampler) and isinstance(batch, Mapping) and "data_samples" in batch:
+        return len(batch["data_samples"]) * get_world_size()
+    return geometry(dataloader)["images_per_iter"]
 
 
 def batches_from(dataloader: DataLoader, first: int) -> Iterator[Any]:
     """The batches of `dataloader` from number `first` on; those before are not loaded where the sampler can tell what comes next."""
     sampler = getattr(dataloader.batch_sampler, "sampler", None)
-    if first and hasattr(sampler, "resume_at") and type(dataloader.batch_sampler) is BatchSampler:
+    if first and hasattr(dataloader.batch_sampler, "resume_at"):
+        dataloader.batch_sampler.resume_at(first)
+        first = 0
+    elif first and hasattr(sampler, "resume_at") and type(dataloader.batch_sampler) is BatchSampler:
         sampler.resume_at(first * dataloader.batch_size)
         first = 0
     return islice(dataloader, first, None)
@@ -42,6 +63,10 @@ def endless_batches(dataloader: DataLoader, first: int) -> Iterator[Any]:
             sampler.set_epoch(epoch)
         yield from batches_from(dataloader, first)
         epoch, first = epoch + 1, 0
+
+
+def _iteration(meaning: Mapping[str, Any]) -> str:
+    return f"{meaning['images_per_iter']} " + (f"packs by {meaning['packing']}" if "packing" in meaning else "images")
 
 
 @LOOPS.register_module(["EpochLoop", "EpochBasedTrainLoop"])
@@ -91,11 +116,11 @@ class EpochLoop(EpochBasedTrainLoop):
         then = self.runner.message_hub.get_info("geometry") or now
         done = self._iter - self._epoch * then["iters_per_epoch"]
         if then != now and self._iter:
-            done = done * then["images_per_iter"] // now["images_per_iter"]
+            done = same_images(done, then, now)
             old, self._iter = self._iter, self._epoch * now["iters_per_epoch"] + done
-            self.runner.logger.info(f"the checkpoint's iterations have {then['images_per_iter']} images and its epochs "
-                                    f"{then['iters_per_epoch']} iterations; here they have {now['images_per_iter']} and "
-                                    f"{now['iters_per_epoch']}, so iteration {old} there is {self._iter} here")
+            self.runner.logger.info(f"the checkpoint's iterations have {_iteration(then)} and its epochs {then['iters_per_epoch']} "
+                                    f"iterations; here they have {_iteration(now)} and {now['iters_per_epoch']}, so iteration {old} there "
+                                    f"is {self._iter} here")
         return done
 
     def _validate(self, again: bool = False) -> None:
@@ -134,7 +159,7 @@ class IterLoop(IterBasedTrainLoop):
         self.runner.call_hook("before_train_epoch")
         now = geometry(self.dataloader)
         then = self.runner.message_hub.get_info("geometry") or now
-        batches = endless_batches(self.dataloader, self._iter * then["images_per_iter"] // now["images_per_iter"])
+        batches = endless_batches(self.dataloader, same_images(self._iter, then, now))
         if self._iter:
             self._validate(again=True)
         while self._iter < self._max_iters and not self.stop_training:

@@ -33,6 +33,7 @@ from visionkit.registry import (
     FUNCTIONS,
     HEADS,
     HOOKS,
+    LENGTHS,
     LOG_PROCESSORS,
     LOOPS,
     LOSSES,
@@ -42,6 +43,7 @@ from visionkit.registry import (
     NECKS,
     OPTIM_WRAPPERS,
     OPTIMIZERS,
+    PACKERS,
     PARAM_SCHEDULERS,
     SAMPLERS,
     SCOPE,
@@ -62,7 +64,8 @@ Path = tuple[str | int, ...]
 # The registry of a dict with a `type`, by the key it stands under: what surrounds the model, and a model's parts.
 RUN_KEYS: tuple[tuple[str, Registry], ...] = (
     ("model", MODELS), ("model_wrapper_cfg", MODEL_WRAPPERS), ("dataset", DATASETS), ("datasets", DATASETS),
-    ("sampler", SAMPLERS), ("batch_sampler", SAMPLERS), ("collate_fn", FUNCTIONS), ("worker_init_fn", FUNCTIONS),
+    ("sampler", SAMPLERS), ("batch_sampler", SAMPLERS), ("packer", PACKERS), ("length", LENGTHS), ("collate_fn", FUNCTIONS),
+    ("worker_init_fn", FUNCTIONS),
     ("pipeline", TRANSFORMS), ("transforms", TRANSFORMS), ("*_evaluator", METRICS), ("metrics", METRICS),
     ("optim_wrapper", OPTIM_WRAPPERS), ("optimizer", OPTIMIZERS), ("param_scheduler", PARAM_SCHEDULERS),
     ("default_hooks", HOOKS), ("custom_hooks", HOOKS), ("train_cfg", LOOPS), ("val_cfg", LOOPS), ("test_cfg", LOOPS),
@@ -107,11 +110,13 @@ def preflight(cfg: Config, training: bool = True) -> None:
             parts_to_recompute(model, cfg.activation_checkpointing)
         classes: dict[Path, tuple[str, ...]] = {}
         for path, section in _loaders(cfg, training):
-            dataset, sampler = build_data(section, *path)
+            dataset, sampler, batch_sampler = build_data(section, *path)
             check_data(dataset, (*path, "dataset"), training=path == ("train_dataloader",))
             load_first(dataset, sampler, (*path, "dataset"))
             if path == ("train_dataloader",):
-                build_schedule(cfg, model, epoch_length=max(1, -(-len(sampler) // section.get("batch_size", 1))))
+                with _at(*path, "batch_sampler"):
+                    batches = -(-len(sampler) // section.get("batch_size", 1)) if batch_sampler is None else len(batch_sampler)
+                build_schedule(cfg, model, epoch_length=max(1, batches))
             if dataset_classes(dataset):
                 classes[(*path, "dataset")] = dataset_classes(dataset)
         check_classes(cfg.model, model, classes)
@@ -321,8 +326,8 @@ def _check_watched(hook: Any, metrics: Sequence[Any], path: Path) -> None:
                                   (*path, key))
 
 
-def build_data(section: Mapping[str, Any], *path: str) -> tuple[Any, Any]:
-    """Build the data set and the sampler of the loader at `path`, and check the loader's other settings."""
+def build_data(section: Mapping[str, Any], *path: str) -> tuple[Any, Any, Any]:
+    """Build the data set, the sampler and, where there is one, the batch sampler of the loader at `path`, and check its other settings."""
     for needed in ("dataset", "sampler"):
         if needed not in section:
             raise ConfigError(f"a loader needs a `{needed}`, and this one has only {', '.join(section)}", path)
@@ -331,11 +336,15 @@ def build_data(section: Mapping[str, Any], *path: str) -> tuple[Any, Any]:
         if hasattr(dataset, "full_init"):
             dataset.full_init()
     sampler = _build(SAMPLERS, section["sampler"], (*path, "sampler"), dataset=dataset, seed=0)
+    batch_sampler = None
     if section.get("batch_sampler"):
-        _build(SAMPLERS, section["batch_sampler"], (*path, "batch_sampler"), sampler=sampler, batch_size=section.get("batch_size"))
+        if "batch_size" not in section:
+            raise ConfigError("a loader needs a `batch_size` also with a `batch_sampler`, which is told it", path)
+        batch_sampler = _build(SAMPLERS, section["batch_sampler"], (*path, "batch_sampler"), sampler=sampler,
+                               batch_size=section["batch_size"])
     with _at(*path):                                         # number of workers, prefetching, ...: torch's own checks
         Runner.build_dataloader({**section, "dataset": range(8), "sampler": None, "batch_sampler": None})
-    return dataset, sampler
+    return dataset, sampler, batch_sampler
 
 
 def build_schedule(cfg: Config, model: nn.Module, epoch_length: int) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import cv2
+import mmcv
 import mmcv.transforms
 import numpy as np
 from mmcv.transforms import BaseTransform
@@ -54,6 +55,12 @@ class Resize(mmcv.transforms.Resize):
             results["gt_masks"] = np.array(masks, np.uint8).reshape(-1, height, width)
         return results
 
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of what becomes of an image of so many pixels."""
+        scale = self.scale or tuple(int(side * factor + 0.5) for side, factor in zip((width, height), self.scale_factor, strict=True))
+        new_width, new_height = mmcv.rescale_size((width, height), scale) if self.keep_ratio else scale
+        return new_height, new_width
+
 
 @TRANSFORMS.register_module()
 class RandomFlip(mmcv.transforms.RandomFlip):
@@ -83,6 +90,11 @@ class RandomFlip(mmcv.transforms.RandomFlip):
         if results.get("gt_masks") is not None:
             axes = {"horizontal": (2,), "vertical": (1,), "diagonal": (1, 2)}[results["flip_direction"]]
             results["gt_masks"] = np.ascontiguousarray(np.flip(results["gt_masks"], axes))
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """The same; draws whether to flip, as for an image."""
+        self._choose_direction()
+        return height, width
 
 
 @TRANSFORMS.register_module()
@@ -122,12 +134,24 @@ class RandomCrop(BaseTransform):
         self.min_size = self.size if min_size is None else tuple(min_size)
         self.min_visible = min_visible
 
+    @property
+    def random_size(self) -> bool:
+        """Whether the size of the window is drawn."""
+        return self.min_size != self.size
+
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        height, width = results["img"].shape[:2]
+        return cut(results, *self.window(*results["img"].shape[:2]), self.min_visible)
+
+    def window(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Left, top, width and height of a window in an image of so many pixels."""
         new_width, new_height = (np.random.randint(min(least, side), min(most, side) + 1)
                                  for least, most, side in zip(self.min_size, self.size, (width, height), strict=True))
-        left, top = np.random.randint(width - new_width + 1), np.random.randint(height - new_height + 1)
-        return cut(results, left, top, new_width, new_height, self.min_visible)
+        return np.random.randint(width - new_width + 1), np.random.randint(height - new_height + 1), new_width, new_height
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the window in an image of so many pixels; draws it."""
+        _, _, new_width, new_height = self.window(height, width)
+        return new_height, new_width
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(size={self.size}, min_visible={self.min_visible}, min_size={self.min_size})"
@@ -156,6 +180,11 @@ class RandomShift(BaseTransform):
         height, width = results["img"].shape[:2]
         left, top = np.random.randint(-self.pixels, self.pixels + 1, 2)
         return cut(results, int(left), int(top), width, height, self.min_visible, self.fill)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """The same; draws where to move, as for an image."""
+        np.random.randint(-self.pixels, self.pixels + 1, 2)
+        return height, width
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(pixels={self.pixels}, fill={self.fill}, min_visible={self.min_visible})"
@@ -203,6 +232,11 @@ class RandomResizedCrop(BaseTransform):
         aspect = min(max(width / height, self.aspect[0]), self.aspect[1])
         w, h = max(1, min(width, round(height * aspect))), max(1, min(height, round(width / aspect)))
         return (width - w) // 2, (height - h) // 2, w, h
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the result; draws the window, as for an image."""
+        self.window(height, width)
+        return self.resize.output_size(height, width)
 
     def __repr__(self) -> str:
         return (f"{type(self).__name__}(size={self.size}, area={self.area}, aspect={self.aspect}, min_visible={self.min_visible}, "

@@ -1,6 +1,7 @@
 """From a record of a data set to pixels and arrays: the first transforms of every pipeline."""
 from __future__ import annotations
 
+import io
 import struct
 from logging import WARNING
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine import fileio
 from mmengine.logging import print_log
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from visionkit.registry import TRANSFORMS
+
+ORIENTATION = 0x0112                                         # EXIF's tag
 
 
 class BrokenImageError(ValueError):
@@ -38,6 +42,18 @@ def decode_image(data: bytes, *, size: tuple[int, int] | None = None) -> np.ndar
     if size is not None and image.shape[:2] == size[::-1] != size:
         image = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """The (height, width) that `decode_image` gives the picture in a file, pixels; only the head of a local file is read.
+
+    Raises:
+        OSError: there is no such file, or it is no image.
+    """
+    with Image.open(io.BytesIO(fileio.get(path)) if "://" in path else path) as image:
+        width, height = image.size
+        turned = image.getexif().get(ORIENTATION, 1) >= 5    # 5 to 8: on its side
+    return (width, height) if turned else (height, width)
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray:
