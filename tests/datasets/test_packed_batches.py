@@ -131,6 +131,17 @@ def test_resuming_in_a_later_epoch_loads_nothing_and_holds_for_one_iteration():
         resumed.resume_at(-1)
 
 
+def test_epochs_in_a_row_are_not_packed_from_the_start(monkeypatch):
+    batches = batches_of(Texts())
+    len(batches)
+    order, asked = batches.sampler.order, []
+    monkeypatch.setattr(batches.sampler, "order", lambda epoch: asked.append(epoch) or order(epoch))
+    for epoch in range(6):
+        batches.sampler.set_epoch(epoch)
+        list(batches)
+    assert asked == sorted(set(asked))                       # each pass once
+
+
 def test_an_iteration_that_is_given_up_does_not_disturb_the_next():
     batches = batches_of(Texts())
     whole = told(batches)

@@ -174,6 +174,14 @@ def test_balanced_moves_then_exchanges_and_closes_the_oldest():
     assert done.tokens == 7
 
 
+def test_an_exchange_must_gain_more_than_asked_for():
+    """5 + 4 against 3 + 2: exchanging 5 and 3 narrows the gap from 4 to 0."""
+    for min_gain, tokens in ((3, 7), (4, 9)):
+        packer = Balanced(9, num_buckets=2, min_gain=min_gain)
+        packer.load_state_dict({"open": [[["a", "b"], [5, 4]], [["c", "d"], [3, 2]]]})
+        assert [pack.tokens for pack in packer.add("e", 8)] == [tokens]
+
+
 @pytest.mark.parametrize("overlong", [False, True])
 def test_a_sample_longer_than_a_pack_is_left_out_or_alone(overlong):
     """Spec 6, (g) 8: length 1 and over the limit."""

@@ -54,6 +54,16 @@ def test_a_stopped_run_goes_on_with_the_very_next_image(toy, toy_parts, sampler,
     assert losses[first:] == toy_parts.LOSSES
 
 
+def test_packs_already_trained_are_not_loaded_again(toy, toy_parts, monkeypatch):
+    more, loaded, load = PACKED.format(sampler="DrawSampler", packer="best_fit"), [], toy_parts.ToyData.__getitem__
+    monkeypatch.setattr(toy_parts.ToyData, "__getitem__", lambda self, draw: loaded.append(int(draw)) or load(self, draw))
+    with pytest.raises(Stopped):
+        toy("run", SIGNAL, more=more)
+    loaded.clear()
+    toy("run", more=more, resume=True)
+    assert len(loaded) - len(toy_parts.SEEN) <= 1            # the one that the pre-flight looks at
+
+
 def test_an_epoch_has_the_iterations_that_its_packs_need_and_the_schedule_knows(toy, toy_parts):
     runner = toy("run", more=PACKED.format(sampler="DrawSampler", packer="best_fit"))
     per_epoch = len(runner.train_dataloader)
