@@ -5,8 +5,9 @@ them again from the log-sum-exp of each row. Dao et al. 2022, arXiv:2205.14135; 
 """
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,8 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool |
     _check_extras(query, key, softcap, alibi_slopes, block_mask, block_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seed = draw_seed(query.device) if dropout_p else None
-    output, logsumexp = torch.ops.visionkit.flash_attention(query, key, value, seed, alibi_slopes, block_mask, scale, dropout_p, left, right,
-                                                            top_left, softcap, block_size)
+    output, logsumexp = torch.ops.visionkit.flash_attention(query, key, value, seed, alibi_slopes, block_mask, scale, dropout_p, left,
+                                                            right, top_left, softcap, block_size)
     return (output, logsumexp) if return_logsumexp else output
 
 
@@ -183,6 +184,16 @@ def _product(rows: Tensor, matrix: Tensor) -> Tensor:
     return (rows.flatten(2, 3) @ matrix).unflatten(2, (groups, count))
 
 
+def _without_autocast(function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, its products in the type of their factors: autocast reaches into an op and would make them in half precision."""
+    @functools.wraps(function)
+    def run(tensor: Tensor, *arguments) -> None:
+        with torch.autocast(tensor.device.type, enabled=False):
+            function(tensor, *arguments)
+    return run
+
+
+@_without_autocast
 def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, dropout: Dropout | None, output: Tensor, logsumexp: Tensor) -> None:
     """The forward pass: fill in `output` [B, K, G, N, D_v] and `logsumexp` [B, K, G, N] for query [B, K, G, N, D] and keys [B, K, M, D]."""
     wide = logsumexp.dtype
@@ -208,6 +219,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, dropout: D
         logsumexp[..., part] = torch.where(seen, highest + total.log(), math.inf)[..., 0]
 
 
+@_without_autocast
 def attend_backward(grad: Tensor, grad_logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, scores: Scores,
                     dropout: Dropout | None, output: Tensor, logsumexp: Tensor, grad_query: Tensor, grad_key: Tensor,
                     grad_value: Tensor) -> None:

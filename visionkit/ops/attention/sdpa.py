@@ -21,10 +21,7 @@ def banded_sdpa(query: Tensor, key: Tensor, value: Tensor, left: int, right: int
     """
     queries, keys = query.shape[2], key.shape[2]
     offset = 0 if top_left else keys - queries
-    if right >= 0 and offset + right >= keys - 1:            # the first query sees to the last key
-        right = -1
-    if left >= 0 and queries - 1 + offset - left <= 0:       # the last query sees to the first key
-        left = -1
+    left, right = _where_they_hide(queries, keys, left, right, offset)
     if left < 0 and right == 0 and offset < 0:               # the first queries see nothing; the others are aligned with the keys
         seeing = banded_sdpa(query[:, :, -offset:], key, value, left, right, dropout_p=dropout_p, scale=scale)
         return F.pad(seeing, (0, 0, -offset, 0))
@@ -34,6 +31,22 @@ def banded_sdpa(query: Tensor, key: Tensor, value: Tensor, left: int, right: int
         mask = visible(queries, keys, left, right, offset, query.device)
     return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, causal, scale=scale,
                                           enable_gqa=query.shape[1] != key.shape[1])
+
+
+def as_sdpa_knows(queries: int, keys: int, left: int, right: int, top_left: bool) -> bool:
+    """Whether PyTorch's attention needs no mask for this band."""
+    offset = 0 if top_left else keys - queries
+    left, right = _where_they_hide(queries, keys, left, right, offset)
+    return left < 0 and (right < 0 or (right == 0 and offset <= 0))
+
+
+def _where_they_hide(queries: int, keys: int, left: int, right: int, offset: int) -> tuple[int, int]:
+    """`left` and `right`, -1 where no key is hidden by them."""
+    if offset + right >= keys - 1:                           # the first query sees to the last key
+        right = -1
+    if queries - 1 + offset - left <= 0:                     # the last query sees to the first key
+        left = -1
+    return left, right
 
 
 def visible(queries: int, keys: int, left: int, right: int, offset: int, device: torch.device) -> Tensor:

@@ -164,8 +164,8 @@ def _varlen_attention_backward(grad: Tensor, grad_logsumexp: Tensor, q: Tensor, 
 
 
 @_varlen_attention_backward.register_fake
-def _(grad, grad_logsumexp, q, k, v, cu_seqlens_q, cu_seqlens_k, output, logsumexp, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p, left,
-      right):
+def _(grad, grad_logsumexp, q, k, v, cu_seqlens_q, cu_seqlens_k, output, logsumexp, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p,
+      left, right):
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
 
 
