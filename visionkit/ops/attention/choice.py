@@ -4,10 +4,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionkit.ops import tiers
 from visionkit.ops.attention.flash import fits_kernels, flash_attention
 from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, in_autocast_type
 from visionkit.ops.attention.sdpa import as_sdpa_knows, banded_sdpa
-from visionkit.ops.tiers import Tier, tier
+from visionkit.ops.tiers import Tier
 from visionkit.registry import OPS
 
 _LARGEST_MATRIX = 256 << 20                                  # bytes of scores or of a mask that PyTorch's attention may keep
@@ -61,7 +62,7 @@ def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
             raise ValueError("mask stands alone: write into it what causal, window, alibi_slopes or block_mask would say, and leave them "
                              f"out; got {', '.join([*unknown, *(['causal or window'] if max(left, right) >= 0 else [])])} beside it")
         return Tier("sdpa", "only PyTorch's attention takes a mask of any form")
-    flash = tier("flash_attention", query.device, query.dtype)
+    flash = tiers.tier("flash_attention", query.device, query.dtype)
     if not fits_kernels(query, value):
         flash = Tier("portable", "a row is too long for the Triton kernels")
     if unknown:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from visionkit.ops import tiers
 from visionkit.ops.attention.dropout import draw_seed
 from visionkit.ops.attention.flash import Dropout, Scores, attend, attend_backward, fits_kernels, group_heads, no_second_derivative
 from visionkit.ops.attention.inputs import band, check_borders, check_dropout, check_packed, in_autocast_type
 from visionkit.ops.attention.sdpa import banded_sdpa
-from visionkit.ops.tiers import kernels, tier
+from visionkit.ops.tiers import kernels
 
 # T query and S key tokens of all sequences, H heads of D channels, H_kv heads of keys and values, of D and D_v channels
 
@@ -54,7 +55,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if lengths_k is None and cu_seqlens_k is cu_seqlens_q:
         lengths_k = lengths_q
-    chosen = tier("varlen_attention", q.device, q.dtype).name
+    chosen = tiers.tier("varlen_attention", q.device, q.dtype).name
     if not fits_kernels(q, v):
         chosen = "portable"
     if chosen == "portable" and not torch.compiler.is_compiling():

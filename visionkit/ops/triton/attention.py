@@ -55,13 +55,14 @@ def attend_backward(grad: Tensor, delta: Tensor, query: Tensor, key: Tensor, val
     """Fill in the gradients; `delta` [B, H, N] comes as what is to be added to rowsum(grad * output)."""
     query, key, value, grad, output = map(_rows, (query, key, value, grad, output))
     logsumexp = logsumexp.contiguous()
-    blocks = block_sizes(query, value, settings, "backward")
     with torch.cuda.device_of(query):
+        blocks = block_sizes(query, value, settings, "queries")
         grid = _grid(query, longest_q, blocks[0], sequences * query.shape[1])
         if grid is not None:                                                # also finishes delta, which the next kernel reads
             _attend_backward_queries_kernel[grid](
                 query, key, value, grad, output, logsumexp, delta, grad_query, *_strides(query, key, value, grad, output, grad_query),
                 **_arguments(query, key, value, settings, longest_q, blocks))
+        blocks = block_sizes(query, value, settings, "keys")
         grid = _grid(key, longest_k, blocks[1], sequences * key.shape[1])
         if grid is not None:
             _attend_backward_keys_kernel[grid](
@@ -69,22 +70,24 @@ def attend_backward(grad: Tensor, delta: Tensor, query: Tensor, key: Tensor, val
                 *_strides(query, key, value, grad, grad_key, grad_value), **_arguments(query, key, value, settings, longest_k, blocks))
 
 
-def block_sizes(query: Tensor, value: Tensor, settings: Settings, direction: str) -> tuple[int, int, int]:
-    """Queries and keys of a tile, and warps of a program."""
-    channels = max(_padded(query.shape[-1]), _padded(value.shape[-1]))
-    queries, keys, warps = _BLOCKS[direction, query.element_size() > 2][channels]
+def block_sizes(query: Tensor, value: Tensor, settings: Settings, kernel: str) -> tuple[int, int, int]:
+    """Queries and keys of a tile of the kernel `forward`, `queries` or `keys`, and warps of a program."""
+    channels = max(_padded(query.shape[-1]), _padded(value.shape[-1]), 64)
+    queries, keys, warps = _BLOCKS[kernel, query.element_size() > 2][channels]
     if settings.block_mask is not None:                                     # a tile lies within one block
         largest = settings.block_size & -settings.block_size
         queries, keys = min(queries, largest), min(keys, largest)
     return queries, keys, warps
 
 
-# By channels; float32 takes twice the room and, without the tensor cores' short formats, many more registers.
+# By channels: the largest tiles of which hardly a register spills. float32 is multiplied in three parts and takes the most.
 _BLOCKS = {
-    ("forward", False): {16: (128, 64, 4), 32: (128, 64, 4), 64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 4)},
-    ("forward", True): {16: (64, 32, 4), 32: (64, 32, 4), 64: (64, 32, 4), 128: (32, 32, 4), 256: (16, 32, 4)},
-    ("backward", False): {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (64, 64, 8), 256: (32, 32, 4)},
-    ("backward", True): {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (32, 32, 8), 256: (16, 16, 4)},
+    ("forward", False): {64: (128, 64, 8), 128: (128, 64, 8), 256: (64, 32, 8)},
+    ("forward", True): {64: (32, 32, 4), 128: (32, 32, 8), 256: (16, 16, 8)},
+    ("queries", False): {64: (64, 64, 4), 128: (64, 32, 8), 256: (32, 32, 8)},
+    ("queries", True): {64: (32, 32, 4), 128: (16, 32, 8), 256: (16, 16, 8)},
+    ("keys", False): {64: (32, 64, 4), 128: (32, 64, 8), 256: (16, 32, 8)},
+    ("keys", True): {64: (16, 32, 4), 128: (16, 16, 8), 256: (16, 16, 8)},
 }
 
 
@@ -107,7 +110,6 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _arguments(query: Tensor, key: Tensor, value: Tensor, settings: Settings, longest: int, blocks: tuple[int, int, int]) -> dict:
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
         "borders_q_ptr": settings.borders_q, "borders_k_ptr": settings.borders_k, "seed_ptr": settings.seed,
         "slopes_ptr": settings.slopes, "mask_ptr": settings.block_mask, "all_queries": query.shape[2], "all_keys": key.shape[2],
@@ -118,8 +120,16 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, settings: Settings, lo
         "PACKED": settings.borders_q is not None, "LEFT": settings.left >= 0, "RIGHT": settings.right >= 0,
         "TOP_LEFT": settings.top_left, "SOFTCAP": settings.softcap > 0, "SLOPES": settings.slopes is not None,
         "SPARSE": settings.block_mask is not None, "DROPOUT": settings.seed is not None,
-        "PRECISION": "tf32" if tf32 else "ieee", "num_warps": blocks[2], "num_stages": 2,
+        "PRECISION": _precision(query.device), "num_warps": blocks[2], "num_stages": 2,
     }
+
+
+def _precision(device: torch.device) -> str:
+    """How tensor cores multiply float32: as PyTorch's products do, in one part of 10 bits, or else in three."""
+    if torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    has_tf32 = torch.version.hip is None and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0))
+    return "tf32x3" if has_tf32 else "ieee"
 
 
 _NOT_SPECIALIZED = ["all_queries", "all_keys", "longest", "scale", "softcap", "threshold", "larger", "left", "right", "block_size"]
@@ -135,7 +145,8 @@ def _attend_kernel(
         PRECISION: tl.constexpr):
     blocks = tl.cdiv(longest, BLOCK_Q)
     first, image, head = _place(blocks, BLOCK_Q, HEADS)
-    q_start, k_start, queries, keys, lse_start = _sequence(borders_q_ptr, borders_k_ptr, image, head, all_queries, all_keys, HEADS, PACKED)
+    q_start, k_start, queries, keys = _sequence(borders_q_ptr, borders_k_ptr, image, all_queries, all_keys, PACKED)
+    lse_start = _first_number(image, head, all_queries, q_start, HEADS, PACKED)
     if first >= queries:
         return
     batch = 0 if PACKED else image.to(tl.int64)
@@ -190,7 +201,8 @@ def _attend_backward_queries_kernel(
         PRECISION: tl.constexpr):
     blocks = tl.cdiv(longest, BLOCK_Q)
     first, image, head = _place(blocks, BLOCK_Q, HEADS)
-    q_start, k_start, queries, keys, lse_start = _sequence(borders_q_ptr, borders_k_ptr, image, head, all_queries, all_keys, HEADS, PACKED)
+    q_start, k_start, queries, keys = _sequence(borders_q_ptr, borders_k_ptr, image, all_queries, all_keys, PACKED)
+    lse_start = _first_number(image, head, all_queries, q_start, HEADS, PACKED)
     if first >= queries:
         return
     batch = 0 if PACKED else image.to(tl.int64)
@@ -247,7 +259,7 @@ def _attend_backward_keys_kernel(
     blocks = tl.cdiv(longest, BLOCK_K)
     first, image, key_head = _place(blocks, BLOCK_K, HEADS // GROUP)
     batch = 0 if PACKED else image.to(tl.int64)
-    q_start, k_start, queries, keys, _ = _sequence(borders_q_ptr, borders_k_ptr, image, 0, all_queries, all_keys, HEADS, PACKED)
+    q_start, k_start, queries, keys = _sequence(borders_q_ptr, borders_k_ptr, image, all_queries, all_keys, PACKED)
     if first >= keys:
         return
     k_ptr += batch * k_b + key_head.to(tl.int64) * k_h + k_start * k_n
@@ -264,7 +276,7 @@ def _attend_backward_keys_kernel(
     begin, full_begin, full_end, end = _queries_of(first, queries, offset, left, right, BLOCK_Q, BLOCK_K, LEFT, RIGHT)
     for in_group in range(GROUP):
         head = key_head * GROUP + in_group
-        _, _, _, _, lse_start = _sequence(borders_q_ptr, borders_k_ptr, image, head, all_queries, all_keys, HEADS, PACKED)
+        lse_start = _first_number(image, head, all_queries, q_start, HEADS, PACKED)
         of_head = q_ptr + batch * q_b + head.to(tl.int64) * q_h + q_start * q_n
         grad_of_head = grad_ptr + batch * grad_b + head.to(tl.int64) * grad_h + q_start * grad_n
         slope = tl.load(slopes_ptr + image * HEADS + head) if SLOPES else 0.0
@@ -307,18 +319,22 @@ def _place(blocks, BLOCK: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _sequence(borders_q_ptr, borders_k_ptr, image, head, all_queries, all_keys, HEADS: tl.constexpr, PACKED: tl.constexpr):
-    """First query and key, number of both, and where the log-sum-exp of the head begins; borders reach no further than the tensors."""
+def _sequence(borders_q_ptr, borders_k_ptr, image, all_queries, all_keys, PACKED: tl.constexpr):
+    """First query and key, and number of both; borders reach no further than the tensors."""
+    q_start, k_start, queries, keys = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), all_queries, all_keys
     if PACKED:
-        q_start = tl.minimum(tl.maximum(tl.load(borders_q_ptr + image), 0), all_queries)
-        k_start = tl.minimum(tl.maximum(tl.load(borders_k_ptr + image), 0), all_keys)
-        queries = tl.minimum(tl.load(borders_q_ptr + image + 1), all_queries) - q_start
-        keys = tl.minimum(tl.load(borders_k_ptr + image + 1), all_keys) - k_start
-        lse_start = head * all_queries.to(tl.int64) + q_start
-        return q_start.to(tl.int64), k_start.to(tl.int64), queries, keys, lse_start
-    else:
-        zero = tl.full((), 0, tl.int64)
-        return zero, zero, all_queries, all_keys, (image * HEADS + head).to(tl.int64) * all_queries
+        first_q = tl.minimum(tl.maximum(tl.load(borders_q_ptr + image), 0), all_queries)
+        first_k = tl.minimum(tl.maximum(tl.load(borders_k_ptr + image), 0), all_keys)
+        queries = tl.minimum(tl.load(borders_q_ptr + image + 1), all_queries) - first_q
+        keys = tl.minimum(tl.load(borders_k_ptr + image + 1), all_keys) - first_k
+        q_start, k_start = first_q.to(tl.int64), first_k.to(tl.int64)
+    return q_start, k_start, queries, keys
+
+
+@triton.jit
+def _first_number(image, head, all_queries, q_start, HEADS: tl.constexpr, PACKED: tl.constexpr):
+    """Where the log-sum-exp of a head's queries begins."""
+    return head.to(tl.int64) * all_queries + q_start if PACKED else (image * HEADS + head).to(tl.int64) * all_queries
 
 
 @triton.jit
