@@ -62,7 +62,8 @@ def tier(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> T
 
 def kernels(op: str, tensor: Tensor) -> ModuleType | None:
     """The module of Triton kernels that serves `op` for `tensor`, or None where they do not."""
-    if tier(op, tensor.device, tensor.dtype).name == "portable":
+    chosen = tier(op, tensor.device, tensor.dtype).name
+    if chosen == "portable" or (chosen == "flash_attn" and not _triton_installed()):
         return None
     return importlib.import_module(f"visionkit.ops.triton.{op}")
 

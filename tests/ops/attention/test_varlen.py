@@ -33,7 +33,8 @@ def as_one_op(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale=None, causal
     """What compiled code calls, in its portable form."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     right = 0 if causal else window_size[1]
-    return torch.ops.visionkit.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, 13, 13, scale, dropout_p, window_size[0], right)[0]
+    return torch.ops.visionkit.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, 13, 13, scale, dropout_p, window_size[0],
+                                                right)[0]
 
 
 @pytest.mark.parametrize("function", [varlen_attention, as_one_op])
@@ -97,7 +98,8 @@ def test_the_one_op_draws_dropout_by_place_not_by_tile(reference, tile):
     torch.manual_seed(0)
     seed = torch.randint(1 << 62, ())
     torch.manual_seed(0)
-    torch.testing.assert_close(flash_attention(*alone, dropout_p=0.3)[0].transpose(0, 1), as_one_op(*inputs, *one, seed=seed, dropout_p=0.3))
+    whole = flash_attention(*alone, dropout_p=0.3)[0].transpose(0, 1)
+    torch.testing.assert_close(whole, as_one_op(*inputs, *one, seed=seed, dropout_p=0.3))
 
 
 def test_varlen_attention_keeps_the_contract_of_an_op():
@@ -122,8 +124,10 @@ def test_flash_attn_serves_half_precision_on_a_gpu_where_it_is_installed(monkeyp
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
     monkeypatch.setattr(tiers, "_flash_attn_installed", lambda: True)
-    real = tiers.tier
-    monkeypatch.setattr(tiers, "tier", lambda op, device, dtype: real(op, torch.device("cuda") if op == "varlen_attention" else device, dtype))
+    monkeypatch.setattr(tiers, "_triton_installed", lambda: True)
+    monkeypatch.setattr(tiers, "_capability", lambda device: (9, 0))
+    real, gpu = tiers.tier, torch.device("cuda")
+    monkeypatch.setattr(tiers, "tier", lambda op, device, dtype: real(op, gpu, dtype))
     q, k, v = packed(value_channels=6, dtype=dtype)
     cu_seqlens = borders(LENGTHS_Q), borders(LENGTHS_K)
     assert varlen_attention(q, k, v, *cu_seqlens, causal=True, window_size=(4, -1)) is q
@@ -133,8 +137,11 @@ def test_flash_attn_serves_half_precision_on_a_gpu_where_it_is_installed(monkeyp
     assert options == {"causal": True, "window_size": (4, 0)}
     with monkeypatch.context() as patch:
         patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-        assert real("varlen_attention", torch.device("cuda"), dtype).name != "flash_attn"
-    assert real("varlen_attention", torch.device("cuda"), torch.float32).name != "flash_attn"
+        assert real("varlen_attention", gpu, dtype).name == "triton"         # which is deterministic
+    assert real("varlen_attention", gpu, torch.float32).name == "triton"
+    monkeypatch.setattr(tiers, "_triton_installed", lambda: False)
+    wider = packed(value_channels=5, dtype=dtype)
+    torch.testing.assert_close(varlen_attention(*wider, *cu_seqlens), as_one_op(*wider, *cu_seqlens))
     assert not calls
 
 

@@ -46,7 +46,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp:
     if grid is not None:
         with torch.cuda.device_of(query):
             _attend_kernel[grid](query, key, value, output, logsumexp, *_strides(query, key, value, output),
-                                 **_arguments(query, key, value, settings, longest_q, blocks))
+                                 *_arguments(query, key, settings, longest_q), **_constants(query, key, value, settings, blocks))
 
 
 def attend_backward(grad: Tensor, delta: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor,
@@ -61,13 +61,14 @@ def attend_backward(grad: Tensor, delta: Tensor, query: Tensor, key: Tensor, val
         if grid is not None:                                                # also finishes delta, which the next kernel reads
             _attend_backward_queries_kernel[grid](
                 query, key, value, grad, output, logsumexp, delta, grad_query, *_strides(query, key, value, grad, output, grad_query),
-                **_arguments(query, key, value, settings, longest_q, blocks))
+                *_arguments(query, key, settings, longest_q), **_constants(query, key, value, settings, blocks))
         blocks = block_sizes(query, value, settings, "keys")
         grid = _grid(key, longest_k, blocks[1], sequences * key.shape[1])
         if grid is not None:
             _attend_backward_keys_kernel[grid](
                 query, key, value, grad, logsumexp, delta, grad_key, grad_value,
-                *_strides(query, key, value, grad, grad_key, grad_value), **_arguments(query, key, value, settings, longest_k, blocks))
+                *_strides(query, key, value, grad, grad_key, grad_value), *_arguments(query, key, settings, longest_k),
+                **_constants(query, key, value, settings, blocks))
 
 
 def block_sizes(query: Tensor, value: Tensor, settings: Settings, kernel: str) -> tuple[int, int, int]:
@@ -109,18 +110,21 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-def _arguments(query: Tensor, key: Tensor, value: Tensor, settings: Settings, longest: int, blocks: tuple[int, int, int]) -> dict:
+def _arguments(query: Tensor, key: Tensor, settings: Settings, longest: int) -> list:
+    """What follows the strides, in the order of the kernels' arguments."""
+    return [settings.borders_q, settings.borders_k, settings.seed, settings.slopes, settings.block_mask, query.shape[2], key.shape[2],
+            longest, settings.scale, settings.softcap or 1.0, threshold(settings.dropout_p), 1 / (1 - settings.dropout_p), settings.left,
+            settings.right, settings.block_size]
+
+
+def _constants(query: Tensor, key: Tensor, value: Tensor, settings: Settings, blocks: tuple[int, int, int]) -> dict:
     return {
-        "borders_q_ptr": settings.borders_q, "borders_k_ptr": settings.borders_k, "seed_ptr": settings.seed,
-        "slopes_ptr": settings.slopes, "mask_ptr": settings.block_mask, "all_queries": query.shape[2], "all_keys": key.shape[2],
-        "longest": longest, "scale": settings.scale, "softcap": settings.softcap or 1.0, "threshold": threshold(settings.dropout_p),
-        "larger": 1 / (1 - settings.dropout_p), "left": settings.left, "right": settings.right, "block_size": settings.block_size,
         "HEADS": query.shape[1], "GROUP": query.shape[1] // key.shape[1], "CHANNELS": query.shape[3], "VALUE_CHANNELS": value.shape[3],
         "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1], "BLOCK_D": _padded(query.shape[3]), "BLOCK_V": _padded(value.shape[3]),
         "PACKED": settings.borders_q is not None, "LEFT": settings.left >= 0, "RIGHT": settings.right >= 0,
         "TOP_LEFT": settings.top_left, "SOFTCAP": settings.softcap > 0, "SLOPES": settings.slopes is not None,
-        "SPARSE": settings.block_mask is not None, "DROPOUT": settings.seed is not None,
-        "PRECISION": _precision(query.device), "num_warps": blocks[2], "num_stages": 2,
+        "SPARSE": settings.block_mask is not None, "DROPOUT": settings.seed is not None, "PRECISION": _precision(query.device),
+        "num_warps": blocks[2], "num_stages": 2,
     }
 
 
