@@ -124,6 +124,7 @@ def _constants(query: Tensor, key: Tensor, value: Tensor, settings: Settings, bl
         "PACKED": settings.borders_q is not None, "LEFT": settings.left >= 0, "RIGHT": settings.right >= 0,
         "TOP_LEFT": settings.top_left, "SOFTCAP": settings.softcap > 0, "SLOPES": settings.slopes is not None,
         "SPARSE": settings.block_mask is not None, "DROPOUT": settings.seed is not None, "PRECISION": _precision(query.device),
+        "SPLIT": query.dtype != torch.float32,                              # there, products cost more than masks, and compile for long
         "num_warps": blocks[2], "num_stages": 2,
     }
 
@@ -146,7 +147,7 @@ def _attend_kernel(
         block_size, HEADS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, VALUE_CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr,
         BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
         TOP_LEFT: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, SPARSE: tl.constexpr, DROPOUT: tl.constexpr,
-        PRECISION: tl.constexpr):
+        SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     blocks = tl.cdiv(longest, BLOCK_Q)
     first, image, head = _place(blocks, BLOCK_Q, HEADS)
     q_start, k_start, queries, keys = _sequence(borders_q_ptr, borders_k_ptr, image, all_queries, all_keys, PACKED)
@@ -166,9 +167,9 @@ def _attend_kernel(
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     summed = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
-    begin, full_begin, full_end, end = _keys_of(first, queries, keys, offset, left, right, BLOCK_Q, BLOCK_K, LEFT, RIGHT)
+    begin, full_begin, full_end, end = _keys_of(first, queries, keys, offset, left, right, BLOCK_Q, BLOCK_K, LEFT, RIGHT, SPLIT)
     for part in tl.static_range(3):                                         # left edge of the band, tiles without a mask, right edge
-        if part != 0 or LEFT:
+        if (SPLIT and (part != 0 or LEFT)) or (part == 2 and not SPLIT):
             start = begin if part == 0 else full_begin if part == 1 else full_end
             stop = full_begin if part == 0 else full_end if part == 1 else end
             for at in range(start, stop, BLOCK_K):
@@ -202,7 +203,7 @@ def _attend_backward_queries_kernel(
         GROUP: tl.constexpr, CHANNELS: tl.constexpr, VALUE_CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
         TOP_LEFT: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, SPARSE: tl.constexpr, DROPOUT: tl.constexpr,
-        PRECISION: tl.constexpr):
+        SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     blocks = tl.cdiv(longest, BLOCK_Q)
     first, image, head = _place(blocks, BLOCK_Q, HEADS)
     q_start, k_start, queries, keys = _sequence(borders_q_ptr, borders_k_ptr, image, all_queries, all_keys, PACKED)
@@ -228,9 +229,9 @@ def _attend_backward_queries_kernel(
     tl.store(delta_ptr + lse_start + row, delta, mask=row < queries)
     lse = tl.load(lse_ptr + lse_start + row, mask=row < queries, other=float("inf")) * _LOG2_E
     summed = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    begin, full_begin, full_end, end = _keys_of(first, queries, keys, offset, left, right, BLOCK_Q, BLOCK_K, LEFT, RIGHT)
+    begin, full_begin, full_end, end = _keys_of(first, queries, keys, offset, left, right, BLOCK_Q, BLOCK_K, LEFT, RIGHT, SPLIT)
     for part in tl.static_range(3):
-        if part != 0 or LEFT:
+        if (SPLIT and (part != 0 or LEFT)) or (part == 2 and not SPLIT):
             start = begin if part == 0 else full_begin if part == 1 else full_end
             stop = full_begin if part == 0 else full_end if part == 1 else end
             for at in range(start, stop, BLOCK_K):
@@ -259,7 +260,7 @@ def _attend_backward_keys_kernel(
         GROUP: tl.constexpr, CHANNELS: tl.constexpr, VALUE_CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
         TOP_LEFT: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, SPARSE: tl.constexpr, DROPOUT: tl.constexpr,
-        PRECISION: tl.constexpr):
+        SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     blocks = tl.cdiv(longest, BLOCK_K)
     first, image, key_head = _place(blocks, BLOCK_K, HEADS // GROUP)
     batch = 0 if PACKED else image.to(tl.int64)
@@ -277,7 +278,7 @@ def _attend_backward_keys_kernel(
     value = _load_rows(v_ptr, v_n, column, keys, VALUE_CHANNELS, BLOCK_V)
     of_key = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     of_value = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
-    begin, full_begin, full_end, end = _queries_of(first, queries, offset, left, right, BLOCK_Q, BLOCK_K, LEFT, RIGHT)
+    begin, full_begin, full_end, end = _queries_of(first, queries, offset, left, right, BLOCK_Q, BLOCK_K, LEFT, RIGHT, SPLIT)
     for in_group in range(GROUP):
         head = key_head * GROUP + in_group
         lse_start = _first_number(image, head, all_queries, q_start, HEADS, PACKED)
@@ -285,7 +286,7 @@ def _attend_backward_keys_kernel(
         grad_of_head = grad_ptr + batch * grad_b + head.to(tl.int64) * grad_h + q_start * grad_n
         slope = tl.load(slopes_ptr + image * HEADS + head) if SLOPES else 0.0
         for part in tl.static_range(3):
-            if part == 1 or (RIGHT if part == 0 else LEFT):
+            if (SPLIT and (part == 1 or (RIGHT if part == 0 else LEFT))) or (part == 2 and not SPLIT):
                 start = begin if part == 0 else full_begin if part == 1 else full_end
                 stop = full_begin if part == 0 else full_end if part == 1 else end
                 for at in range(start, stop, BLOCK_Q):
@@ -343,7 +344,7 @@ def _first_number(image, head, all_queries, q_start, HEADS: tl.constexpr, PACKED
 
 @triton.jit
 def _keys_of(first, queries, keys, offset, left, right, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr,
-             RIGHT: tl.constexpr):
+             RIGHT: tl.constexpr, SPLIT: tl.constexpr):
     """Where the keys of a tile of queries begin, where tiles that all of them see begin and end, and where the keys end."""
     begin, end, full_begin, full_end = 0, keys, 0, keys // BLOCK_K * BLOCK_K
     if RIGHT:
@@ -354,12 +355,14 @@ def _keys_of(first, queries, keys, offset, left, right, BLOCK_Q: tl.constexpr, B
         full_begin = tl.cdiv(tl.maximum(first + BLOCK_Q - 1 + offset - left, 0), BLOCK_K) * BLOCK_K
         full_begin = tl.maximum(tl.minimum(full_begin, end), begin)
         full_end = tl.maximum(full_end, full_begin)
+    if not SPLIT:
+        full_begin, full_end = begin, begin
     return begin, full_begin, full_end, end
 
 
 @triton.jit
 def _queries_of(first, queries, offset, left, right, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr,
-                RIGHT: tl.constexpr):
+                RIGHT: tl.constexpr, SPLIT: tl.constexpr):
     """Where the queries of a tile of keys begin, where tiles that see all of them begin and end, and where the queries end."""
     begin, end, full_begin, full_end = 0, queries, 0, queries
     if LEFT:
@@ -370,6 +373,8 @@ def _queries_of(first, queries, offset, left, right, BLOCK_Q: tl.constexpr, BLOC
         full_begin = tl.cdiv(tl.maximum(first + BLOCK_K - 1 - offset - right, 0), BLOCK_Q) * BLOCK_Q
         full_begin = tl.maximum(tl.minimum(full_begin, end), begin)
         full_end = tl.maximum(full_end, full_begin)
+    if not SPLIT:
+        full_begin, full_end = begin, begin
     return begin, full_begin, full_end, end
 
 
