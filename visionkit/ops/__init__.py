@@ -1,4 +1,16 @@
 """Tensors in, tensors out: the operations that detectors are made of, with no compiled extension."""
+from visionkit.ops.attention import (
+    Attention,
+    EfficientAttention,
+    FlashAttention,
+    LinearAttention,
+    attention,
+    efficient_attention,
+    flash_attention,
+    linear_attention,
+    varlen_attention,
+    varlen_linear_attention,
+)
 from visionkit.ops.boxes import (
     box_area,
     box_iou,
@@ -23,11 +35,15 @@ from visionkit.ops.rois import boxes_to_rois
 from visionkit.ops.soft_nms import batched_soft_nms, soft_nms
 
 __all__ = [
+    "Attention",
     "BoxVoting",
     "DeformConv2d",
     "DeformConv2dPack",
     "DeformPSRoIPool",
     "DeformRoIPool",
+    "EfficientAttention",
+    "FlashAttention",
+    "LinearAttention",
     "MSDeformAttn",
     "ModulatedDeformConv2dPack",
     "NMS",
@@ -37,6 +53,7 @@ __all__ = [
     "RoIPool",
     "SigmoidFocalLoss",
     "SoftNMS",
+    "attention",
     "batched_nms",
     "batched_soft_nms",
     "box_area",
@@ -48,9 +65,12 @@ __all__ = [
     "deform_ps_roi_pool",
     "deform_roi_pool",
     "detections_from_scores",
+    "efficient_attention",
     "elementwise_box_iou",
     "elementwise_generalized_box_iou",
+    "flash_attention",
     "generalized_box_iou",
+    "linear_attention",
     "ms_deform_attn",
     "nms",
     "ps_roi_align",
@@ -60,5 +80,7 @@ __all__ = [
     "roi_pool",
     "sigmoid_focal_loss",
     "soft_nms",
+    "varlen_attention",
+    "varlen_linear_attention",
     "xyxy_to_cxcywh",
 ]
