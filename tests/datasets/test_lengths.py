@@ -4,7 +4,6 @@ import time
 import cv2
 import numpy as np
 import pytest
-from mmcv.transforms import BaseTransform
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
 
 from visionkit.datasets import (
@@ -19,19 +18,7 @@ from visionkit.datasets import (
 from visionkit.registry import LENGTHS, ConfigError
 from visionkit.transforms import BrokenImageError, LoadImageFromFile
 
-LOAD, PACK = dict(type="LoadImageFromFile"), dict(type="PackSample")
-
-
-class AnySize(BaseTransform):
-    """A random size of multiples of 28, as a transform of native resolutions draws it."""
-    random_size = True
-
-    def output_size(self, height, width):
-        return tuple(28 * int(side) for side in np.random.randint(2, 5, 2))
-
-    def transform(self, results):
-        height, width = self.output_size(*results["img"].shape[:2])
-        return {**results, "img": cv2.resize(results["img"], (width, height))}
+LOAD, PACK, ANY_SIZE = dict(type="LoadImageFromFile"), dict(type="PackSample"), dict(type="RandomNativeResize")
 
 
 @pytest.fixture(autouse=True)
@@ -64,11 +51,11 @@ def test_without_a_limit_or_merging_only_patches_count():
 @pytest.mark.parametrize("transforms", [
     [], [dict(type="Resize", scale=(40, 70))], [dict(type="Resize", scale=(77, 33), keep_ratio=True)],
     [dict(type="Resize", scale_factor=0.7)],
-    [dict(type="Resize", scale_factor=(0.5, 1.3))],
+    [dict(type="Resize", scale_factor=(0.5, 1.3))], [dict(type="ResizeToTokenLimit", limit=12)],
     [dict(type="RandomFlip", prob=0.5), dict(type="RandomCrop", size=(80, 50), min_size=(20, 20))],
     [dict(type="RandomResizedCrop", size=(48, 32)), dict(type="RandomShift"), dict(type="RandomCrop", size=(40, 30), min_size=(9, 9))],
-    [AnySize(), dict(type="PhotoMetricDistortion")], [dict(type="RandomCrop", size=(200, 40))],
-], ids=["as it is", "resize", "fit", "factor", "factors", "flip, crop", "resized crop, shift, crop", "any size", "crop"])
+    [ANY_SIZE, dict(type="PhotoMetricDistortion")], [dict(type="RandomCrop", size=(200, 40))],
+], ids=["as it is", "resize", "fit", "factor", "factors", "limit", "flip, crop", "resized crop, shift, crop", "any size", "crop"])
 def test_the_size_that_is_told_is_the_size_that_is_loaded(transforms):
     data = shapes(*transforms)
     draws = [Draw(index, seed=1000 + index) for index in range(6)]
@@ -78,7 +65,7 @@ def test_the_size_that_is_told_is_the_size_that_is_loaded(transforms):
 
 
 def test_lengths_leave_the_generators_alone():
-    data = shapes(AnySize())
+    data = shapes(ANY_SIZE)
     state = np.random.get_state()[1].copy()
     data.output_sizes([Draw(0, seed=1)])
     assert (np.random.get_state()[1] == state).all()
@@ -87,12 +74,12 @@ def test_lengths_leave_the_generators_alone():
 def test_a_size_that_cannot_be_known_is_an_error_that_says_what_to_do():
     with pytest.raises(ConfigError, match=r"what CenterCrop does to the size .* method output_size\(height, width\)"):
         shapes(dict(type="CenterCrop", crop_size=(20, 20))).output_sizes([0])
-    with pytest.raises(ConfigError, match="AnySize draws the size of the image after PhotoMetricDistortion .* put AnySize first"):
-        shapes(dict(type="PhotoMetricDistortion"), AnySize()).output_sizes([0])
+    with pytest.raises(ConfigError, match="NativeResize draws the size of the image after PhotoMetricDistortion .* put Random.* first"):
+        shapes(dict(type="PhotoMetricDistortion"), ANY_SIZE).output_sizes([0])
 
 
 def test_wrappers_lead_to_the_image_that_they_give():
-    small, large = shapes(AnySize()), shapes(dict(type="Resize", scale=(300, 200)))
+    small, large = shapes(ANY_SIZE), shapes(dict(type="Resize", scale=(300, 200)))
     length = ImageTokens()
     for both, varies in ((ConcatDataset([small, large, small]), True), (RepeatDataset(large, times=2), False)):
         draws = [Draw(index, seed=50 + index) for index in range(len(both))][::-1]
@@ -104,7 +91,7 @@ def test_a_wrapper_that_drops_the_seed_is_refused_where_it_matters():
     still = ClassBalancedDataset(shapes(), oversample_thr=0.1)
     assert ImageTokens()(still, Draw(0, seed=1)) == ImageTokens().of_size(60, 90)
     with pytest.raises(ConfigError, match="ClassBalancedDataset drops; use a wrapper that keeps it"):
-        ImageTokens()(ClassBalancedDataset(shapes(AnySize()), oversample_thr=0.1), Draw(0, seed=1))
+        ImageTokens()(ClassBalancedDataset(shapes(ANY_SIZE), oversample_thr=0.1), Draw(0, seed=1))
 
 
 def test_annotated_sizes_are_taken_and_no_file_is_read(write_coco, monkeypatch):
@@ -141,7 +128,7 @@ def test_records_without_sizes_and_data_sets_without_the_method_are_told():
 
 def test_packs_of_drawn_sizes_hold_what_was_planned(monkeypatch):
     """The images of every batch, loaded, have the tokens that were planned from the seeds alone: 12 of 12 images."""
-    data = shapes(AnySize(), dict(type="RandomFlip", prob=0.5))
+    data = shapes(ANY_SIZE, dict(type="RandomFlip", prob=0.5))
     batches = PackedBatchSampler(DrawSampler(data, seed=4), max_tokens=100, length=dict(type="ImageTokens"))
     for epoch in range(2):
         batches.sampler.set_epoch(epoch)
@@ -154,7 +141,7 @@ def test_a_length_costs_little():
     """Microseconds a sample, on a machine with much other work: 30 from records, 60 where a size is drawn. Without the generators being
     kept once for all it would be 1000 more."""
     draws = [Draw(index % 6, seed=index) for index in range(300)]
-    for transforms in ((), (AnySize(),)):
+    for transforms in ((), (ANY_SIZE,)):
         data = shapes(*transforms)
         start = time.perf_counter()
         ImageTokens().of_draws(data, draws)

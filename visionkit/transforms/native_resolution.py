@@ -64,6 +64,10 @@ class ResizeToTokenLimit(BaseTransform):
             results["gt_masks"] = np.array(masks, np.uint8).reshape(-1, height, width)
         return results
 
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """`size`, under the name that every transform has for it."""
+        return self.size(height, width)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(patch_size={self.patch_size}, limit={self.limit})"
 
@@ -78,6 +82,7 @@ class RandomNativeResize(BaseTransform):
         high: the largest, likewise.
         interpolation: as `Resize` has it.
     """
+    random_size = True
 
     def __init__(self, multiple: int = 28, low: int = 56, high: int = 112, interpolation: str = "bilinear") -> None:
         if multiple < 1 or low % multiple or high % multiple or not 0 < low <= high:
@@ -86,9 +91,13 @@ class RandomNativeResize(BaseTransform):
         self.multiple, self.low, self.high, self.interpolation = multiple, low, high, interpolation
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        height, width = (int(count) * self.multiple
-                         for count in np.random.randint(self.low // self.multiple, self.high // self.multiple + 1, 2))
+        height, width = self.output_size(*results["img"].shape[:2])
         return Resize(scale=(width, height), interpolation=self.interpolation).transform(results)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the result, whatever the image was; draws it."""
+        rows, columns = np.random.randint(self.low // self.multiple, self.high // self.multiple + 1, 2)
+        return int(rows) * self.multiple, int(columns) * self.multiple
 
     def __repr__(self) -> str:
         return (f"{type(self).__name__}(multiple={self.multiple}, low={self.low}, high={self.high}, "
