@@ -28,7 +28,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "convolution": ("aten::convolution", "visionkit::deform_conv2d"),
     "attention": ("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
                   "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
-                  "aten::_scaled_dot_product_fused_attention_overrideable", "visionkit::ms_deform_attn"),
+                  "aten::_scaled_dot_product_fused_attention_overrideable", "visionkit::flash_attention", "visionkit::varlen_attention",
+                  "visionkit::ms_deform_attn"),
 }
 # From torch 2.14 on, what is kept selectively can be seen by those who watch what is saved, such as `torch.autograd.graph.save_on_cpu`.
 _SEEN = {"respect_saved_tensors_hooks": True} if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters else {}
