@@ -1,5 +1,5 @@
 """DETR-small on BCCD at 320x240, 30 epochs from scratch: the paper's 500 epochs from pretrained weights this is not, and it does not
-converge. Box AP 0.005, AP50 0.025 on the test split, seed 0 (docs/benchmarks.md); 1560 iterations of 0.93 s on 2 slow CPU cores. That
+converge. Box AP 0.006, AP50 0.027 on the test split, seed 0 (docs/benchmarks.md); 1560 iterations of 0.93 s on 2 slow CPU cores. That
 the model learns shows detr_r18_overfit_bccd.py; what makes it learn faster, ../deformable_detr/deformable_detr_r18_bccd.py.
 
 VISIONKIT_DATA=where/the/data/is python tools/train.py configs/detr/detr_r18_bccd.py
