@@ -52,6 +52,16 @@ def test_all_else_is_served_by_the_portable_tier_and_the_reason_is_told(h100, mo
     assert reason("roi_align", CUDA) == "VISIONKIT_OPS=portable"
 
 
+def test_kernels_of_attention_are_deterministic_and_flash_attn_goes_first(h100, monkeypatch):
+    monkeypatch.setattr(tiers, "_flash_attn_installed", lambda: True)
+    assert tiers.tier("varlen_attention", CUDA, torch.bfloat16) == ("flash_attn", "CUDA, half precision, and flash-attn is installed")
+    assert tiers.tier("varlen_attention", CUDA, torch.float32).name == "triton"
+    assert tiers.tier("flash_attention", CUDA, torch.bfloat16).name == "triton"           # which is ours by name
+    assert "scaled_dot_product_attention" in tiers.tier("attention", CUDA).reason
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert {tiers.tier(op, CUDA, torch.bfloat16).name for op in ("varlen_attention", "flash_attention")} == {"triton"}
+
+
 def test_a_tier_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setenv("VISIONKIT_OPS", "cuda")
     with pytest.raises(ValueError, match="must be 'auto' or 'portable', got 'cuda'"):

@@ -1,4 +1,11 @@
 """Tensors in, tensors out: the operations that detectors are made of, with no compiled extension."""
+from visionkit.ops.attention import (
+    Attention,
+    FlashAttention,
+    attention,
+    flash_attention,
+    varlen_attention,
+)
 from visionkit.ops.boxes import (
     box_area,
     box_iou,
@@ -23,11 +30,13 @@ from visionkit.ops.rois import boxes_to_rois
 from visionkit.ops.soft_nms import batched_soft_nms, soft_nms
 
 __all__ = [
+    "Attention",
     "BoxVoting",
     "DeformConv2d",
     "DeformConv2dPack",
     "DeformPSRoIPool",
     "DeformRoIPool",
+    "FlashAttention",
     "MSDeformAttn",
     "ModulatedDeformConv2dPack",
     "NMS",
@@ -37,6 +46,7 @@ __all__ = [
     "RoIPool",
     "SigmoidFocalLoss",
     "SoftNMS",
+    "attention",
     "batched_nms",
     "batched_soft_nms",
     "box_area",
@@ -50,6 +60,7 @@ __all__ = [
     "detections_from_scores",
     "elementwise_box_iou",
     "elementwise_generalized_box_iou",
+    "flash_attention",
     "generalized_box_iou",
     "ms_deform_attn",
     "nms",
@@ -60,5 +71,6 @@ __all__ = [
     "roi_pool",
     "sigmoid_focal_loss",
     "soft_nms",
+    "varlen_attention",
     "xyxy_to_cxcywh",
 ]

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from visionkit.ops import tiers
+from visionkit.ops.attention import flash_attention, varlen_attention
 from visionkit.ops.deform_conv import deform_conv2d
 from visionkit.ops.deform_roi_pool import deform_roi_pool
 from visionkit.ops.ms_deform_attention import ms_deform_attn
@@ -57,6 +58,17 @@ def calls(dtype):
         torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((2, 320, 8, 32), (2, 5, 8, 2, 4, 2), (2, 5, 8, 2, 4))]
     yield "deform_conv2d", lambda x, d, m, w: deform_conv2d(x, d, w, padding=1, mask=m), [
         maps(256), *(torch.ones(shape, dtype=dtype, requires_grad=True) for shape in ((2, 18, 16, 16), (2, 9, 16, 16), (8, 256, 3, 3)))]
+    # These two have the same kernels: with all that can be asked for in one type, plain in the others. Rows of other lengths have tiles of
+    # their own, which take minutes more to compile.
+    if dtype == torch.float16:
+        options = {"window": (9, 9), "softcap": 30.0, "dropout_p": 0.1, "alibi_slopes": torch.ones(8),
+                   "block_mask": torch.ones(5, 5, dtype=torch.bool)}
+        yield "flash_attention", lambda *inputs: flash_attention(*inputs, **options), [
+            torch.zeros(2, heads, 300, 64, dtype=dtype, requires_grad=True) for heads in (8, 2, 2)]
+        return
+    borders = torch.tensor([0, 100, 300], dtype=torch.int32)
+    yield "varlen_attention", lambda *inputs: varlen_attention(*inputs, borders, borders, causal=True), [
+        torch.zeros(300, heads, 64, dtype=dtype, requires_grad=True) for heads in (8, 2, 2)]
 
 
 def compile_kernels(capability, dtype):
@@ -77,7 +89,8 @@ def compile_kernels(capability, dtype):
             output = function(*inputs)
             torch.autograd.grad(output, inputs, torch.zeros_like(output))
             for name, kernel in compiled.values():
-                yield {"op": op, "kernel": name, "capability": capability, "dtype": str(dtype), **resources(kernel.asm["cubin"])}
+                yield {"op": op, "kernel": name, "capability": capability, "dtype": str(dtype), "threads": 32 * kernel.metadata.num_warps,
+                       "shared": kernel.metadata.shared, "shape": list(inputs[0].shape), **resources(kernel.asm["cubin"])}
     finally:
         JITFunction.run = run
 

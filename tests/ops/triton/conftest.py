@@ -18,7 +18,7 @@ def device(monkeypatch):
 def accesses_are_checked(device, monkeypatch):
     """In the interpreter, kernels may touch nothing but their tensors; a GPU may not notice."""
     triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform", exc_type=ImportError)
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter, tl = importlib.import_module("triton.runtime.interpreter"), importlib.import_module("triton.language")
     if device.type == "cuda":
         return
     triton_version, numpy_version = (tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, np))
@@ -30,8 +30,13 @@ def accesses_are_checked(device, monkeypatch):
     def remember_tensors(executor, *arguments):
         assert all(executor.grid), "a GPU refuses to launch no program"
         hosts = host_arguments(executor, *arguments)
-        ranges[:] = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in hosts[0] if isinstance(tensor, torch.Tensor)]
+        ranges[:] = [span(tensor) for tensor in hosts[0] if isinstance(tensor, torch.Tensor)]
         return hosts
+
+    def span(tensor):
+        """First and last address of a tensor, which may be a view."""
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1 if tensor.numel() else 0
+        return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.itemsize
 
     def check(pointers, mask, bytes):
         touched = np.broadcast_to(pointers, np.broadcast_shapes(pointers.shape, mask.shape))[mask].astype(np.int64)
@@ -56,6 +61,15 @@ def accesses_are_checked(device, monkeypatch):
             check(pointers, mask, values.dtype.itemsize)
             return memory.atomic_rmw(operation, pointers, values, mask, order)
 
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def dot_of_numbers(builder, one, other, *arguments):
+        """Triton 3.8 multiplies the bits of bfloat16 as if they were whole numbers."""
+        wide = [interpreter.TensorHandle((factor.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+                if factor.dtype.scalar == tl.bfloat16 else factor for factor in (one, other)]
+        return dot(builder, *wide, *arguments)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_numbers)
     memory = interpreter._interpreter
     monkeypatch.setattr(interpreter, "_interpreter", Checked())
     monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", remember_tensors)

@@ -11,6 +11,7 @@ from visionkit.ops.tiers import TRITON_OPS
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform", exc_type=ImportError)
 
+ATTENTION = ("flash_attention", "varlen_attention")
 ROOT = Path(__file__).parents[3]
 
 
@@ -22,9 +23,14 @@ def test_every_kernel_compiles_for_ampere_and_hopper_in_each_type():
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     variants = {(90, "torch.float32"), (90, "torch.bfloat16"), (90, "torch.float16"), (80, "torch.bfloat16")}
     for op in TRITON_OPS:
-        compiled = [(row["capability"], row["dtype"]) for row in rows if row["op"] == op]
-        assert set(compiled) == variants
-        assert len(compiled) == 2 * len(variants), "a forward and a backward kernel"
+        compiled = {(row["capability"], row["dtype"], row["kernel"]) for row in rows if row["op"] == op}
+        # The two share their kernels, and variants, for these take long to compile.
+        expected = {"flash_attention": {(90, "torch.float16")}, "varlen_attention": variants - {(90, "torch.float16")}}.get(op, variants)
+        assert {variant[:2] for variant in compiled} == expected
+        assert len(compiled) == (3 if op in ATTENTION else 2) * len(expected), "forward and backward, of attention two"
     for row in rows:
-        assert row["registers"] <= 128, row                                  # four blocks fit on a multiprocessor
-        assert row["stack"] <= 64, f"registers spill: {row}"
+        if row["op"] in ATTENTION:                                           # whose tiles are to fill the registers
+            assert row["shared"] <= 99 * 1024, f"more shared memory than a small Ampere has: {row}"
+        else:
+            assert row["registers"] <= 128, row                              # four blocks fit on a multiprocessor
+        assert row["stack"] <= (128 if row["op"] in ATTENTION else 64), f"registers spill: {row}"

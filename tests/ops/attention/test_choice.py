@@ -1,0 +1,94 @@
+"""One interface: whichever kernel serves, the answer is the formula's."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from visionkit.ops import Attention, attention, tiers
+from visionkit.ops.attention import attention_kernel, choice
+
+CALLS = {
+    "plain": {}, "causal": {"causal": True}, "top left": {"causal": "top_left"}, "window": {"window": (3, 2)},
+    "causal window": {"window": (4, -1), "causal": True}, "softcap": {"softcap": 2.0},
+    "alibi": {"alibi_slopes": torch.tensor([1.0, 0.5, 0.2, 0.1])},
+    "blocks": {"block_mask": torch.tensor([[True, False], [True, True], [False, False]]), "block_size": 10},
+}
+
+
+@pytest.mark.parametrize("queries, keys", [(21, 18), (18, 18), (25, 11), (1, 18), (2, 18), (11, 20)])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_kernel_gives_what_the_formula_says(reference, name, queries, keys):
+    """Values and gradients, at most 4e-15."""
+    options = dict(CALLS[name])
+    if "block_mask" in options:
+        options["block_mask"] = options["block_mask"][:-(-queries // 10)]
+    inputs = reference.tokens(queries=queries, keys=keys)
+    ours = reference.with_gradients(lambda *tensors: attention(*tensors, scale=0.5, **options), inputs)
+    expected = reference.with_gradients(lambda *tensors: reference.dense_attention(*tensors, scale=0.5, **options), inputs)
+    assert reference.largest_difference(ours, expected) <= 1e-12
+
+
+def test_pytorch_serves_what_it_knows_and_flash_attention_the_rest(reference):
+    inputs = [tensor.detach() for tensor in reference.tokens(queries=21, keys=18)]
+    chosen = {name: attention_kernel(*inputs, **{key: value for key, value in options.items() if key != "block_size"})
+              for name, options in CALLS.items()}
+    assert {name for name, kernel in chosen.items() if kernel.name == "sdpa"} == {"plain", "causal", "top left", "window", "causal window"}
+    assert {kernel.name for kernel in chosen.values()} == {"sdpa", "portable"}
+    assert chosen["alibi"].reason == "PyTorch's attention knows no alibi_slopes; the tensors are on cpu; Triton kernels are for CUDA"
+    assert "mask" in chosen["window"].reason
+
+
+def test_what_would_keep_a_large_matrix_goes_to_tiles(reference, monkeypatch):
+    """A mask of all queries and keys, the scores that PyTorch keeps with dropout or values of another width."""
+    query, key, value = (tensor.detach() for tensor in reference.tokens())
+    same = torch.zeros(2, 2, 23, 6, dtype=torch.float64)
+    asked = {"mask": ((query, key, same), {"window": (3, 3)}), "dropout": ((query, key, same), {"dropout_p": 0.1}),
+             "another width": ((query, key, value), {})}
+    for inputs, options in asked.values():
+        assert attention_kernel(*inputs, **options).name == "sdpa"
+    monkeypatch.setattr(choice, "_LARGEST_MATRIX", 19 * 23 - 1)
+    for word, (inputs, options) in asked.items():
+        kernel = attention_kernel(*inputs, **options)
+        assert kernel.name == "portable"
+        assert word in kernel.reason
+    assert attention_kernel(query, key, same).name == "sdpa"
+    tiled = attention(query, key, value, window=(3, 3))
+    monkeypatch.undo()
+    torch.testing.assert_close(tiled, attention(query, key, value, window=(3, 3)))
+
+
+def test_on_a_gpu_triton_takes_what_pytorch_would_mask(reference, monkeypatch):
+    query, key, value = (tensor.detach() for tensor in reference.tokens(dtype=torch.float32))
+    monkeypatch.setattr(tiers, "tier", lambda *_: tiers.Tier("triton", "CUDA, and triton is installed"))
+    assert attention_kernel(query, key, value, window=(3, 3)).name == "triton"
+    assert attention_kernel(query, key, value, softcap=1.0).name == "triton"
+    assert attention_kernel(query, key, value).name == "sdpa"
+    wide = [F.pad(tensor, (0, 300)) for tensor in (query, key)]
+    assert attention_kernel(*wide, value, softcap=1.0) == tiers.Tier(
+        "portable", "PyTorch's attention knows no softcap; a row is too long for the Triton kernels")
+
+
+def test_a_mask_of_any_form_goes_to_pytorch_alone(reference):
+    query, key, value = (tensor.detach() for tensor in reference.tokens(heads=2))
+    mask = torch.randn(2, 1, 19, 23, dtype=torch.float64)
+    for form in (mask, mask > 0):
+        assert torch.equal(attention(query, key, value, mask=form), F.scaled_dot_product_attention(query, key, value, form))
+    with pytest.raises(ValueError, match="mask stands alone.*got softcap, causal or window beside it"):
+        attention(query, key, value, mask=mask, causal=True, softcap=1.0)
+
+
+def test_dropout_is_of_the_weights(reference):
+    inputs = [tensor.detach() for tensor in reference.tokens(heads=2, value_channels=6)]
+    torch.manual_seed(0)
+    for options in ({}, {"softcap": 5.0}):
+        mean = torch.stack([attention(*inputs, dropout_p=0.2, **options) for _ in range(300)]).mean(0)
+        assert (mean - attention(*inputs, **options)).abs().max() < 0.15
+
+
+def test_the_module_calls_the_function_and_drops_nothing_in_evaluation(reference):
+    inputs = [tensor.detach() for tensor in reference.tokens()]
+    module = Attention(causal=True, scale=0.3, window=(5, -1), dropout_p=0.5, softcap=3.0).eval()
+    assert torch.equal(module(*inputs), attention(*inputs, causal=True, scale=0.3, window=(5, -1), softcap=3.0))
+    mask = torch.ones(19, 23, dtype=torch.bool)
+    assert torch.equal(Attention()(*inputs, mask), attention(*inputs, mask=mask))
+    with pytest.raises(ValueError, match="causal must be"):
+        Attention(causal="left")

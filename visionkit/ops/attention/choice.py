@@ -1,0 +1,99 @@
+"""One call for softmax attention, and which kernel serves it."""
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionkit.ops import tiers
+from visionkit.ops.attention.flash import fits_kernels, flash_attention
+from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, in_autocast_type
+from visionkit.ops.attention.sdpa import as_sdpa_knows, banded_sdpa
+from visionkit.ops.tiers import Tier
+from visionkit.registry import OPS
+
+_LARGEST_MATRIX = 256 << 20                                  # bytes of scores or of a mask that PyTorch's attention may keep
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool | str = False,
+              scale: float | None = None, window: tuple[int, int] | None = None, dropout_p: float = 0.0, softcap: float = 0.0,
+              alibi_slopes: Tensor | None = None, block_mask: Tensor | None = None, block_size: int = 64) -> Tensor:
+    """softmax(scale * query key^T) value by the kernel that is best for these arguments; `attention_kernel` tells which, and why.
+
+    Args:
+        query: [B, H, N, D].
+        key: [B, H_kv, M, D]; H is a multiple of H_kv.
+        value: [B, H_kv, M, D_v].
+        mask: broadcasts to [B, H, N, M]; bool, true where a query sees a key, or floating, added to the scores. Alone: a mask holds
+            what `causal`, `window` and the others would say.
+        causal: True or "bottom_right", or "top_left"; this and the others as in `flash_attention`.
+
+    Returns:
+        [B, H, N, D_v] in the type of the inputs; 0 for queries that see no key.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    options = {"causal": causal, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "block_mask": block_mask}
+    query, key, value = in_autocast_type(query, key, value)
+    chosen = attention_kernel(query, key, value, mask=mask, dropout_p=dropout_p, **options)
+    if chosen.name != "sdpa":
+        return flash_attention(query, key, value, scale=scale, dropout_p=dropout_p, block_size=block_size, **options)
+    if mask is not None:
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    left, right, top_left = band(causal, window)
+    return banded_sdpa(query, key, value, left, right, top_left=top_left, dropout_p=dropout_p, scale=scale)
+
+
+def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool | str = False,
+                     window: tuple[int, int] | None = None, dropout_p: float = 0.0, softcap: float = 0.0,
+                     alibi_slopes: Tensor | None = None, block_mask: Tensor | None = None) -> Tier:
+    """Which kernel `attention` takes for these arguments, and why: sdpa (PyTorch's own), triton or portable (of `flash_attention`).
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    check_heads_first(query, key, value)
+    check_dropout(dropout_p)
+    left, right, top_left = band(causal, window)
+    unknown = [name for name, given in (("softcap", softcap > 0), ("alibi_slopes", alibi_slopes is not None),
+                                        ("block_mask", block_mask is not None)) if given]
+    if mask is not None:
+        if unknown or left >= 0 or right >= 0:
+            raise ValueError("mask stands alone: write into it what causal, window, alibi_slopes or block_mask would say, and leave them "
+                             f"out; got {', '.join([*unknown, *(['causal or window'] if max(left, right) >= 0 else [])])} beside it")
+        return Tier("sdpa", "only PyTorch's attention takes a mask of any form")
+    flash = tiers.tier("flash_attention", query.device, query.dtype)
+    if not fits_kernels(query, value):
+        flash = Tier("portable", "a row is too long for the Triton kernels")
+    if unknown:
+        return Tier(flash.name, f"PyTorch's attention knows no {' and no '.join(unknown)}; {flash.reason}")
+    queries, keys = query.shape[2], key.shape[2]
+    if not as_sdpa_knows(queries, keys, left, right, top_left):
+        if flash.name == "triton":
+            return Tier("triton", f"PyTorch's attention needs a mask for this causal or window; {flash.reason}")
+        if queries * keys > _LARGEST_MATRIX:
+            return Tier(flash.name, f"the mask that PyTorch's attention needs for this causal or window has {queries} x {keys} entries; "
+                                    f"{flash.reason}")
+        return Tier("sdpa", "with a mask for this causal or window, faster than tiles on a CPU")
+    if query.device.type == "cpu" and (dropout_p or query.shape[3] != value.shape[3]):
+        size = query.shape[0] * query.shape[1] * queries * keys * query.element_size()
+        if size > _LARGEST_MATRIX:
+            what = "dropout" if dropout_p else "values of another width than keys"
+            return Tier(flash.name, f"with {what}, PyTorch's attention keeps all scores, {size / 2**20:.0f} MiB; {flash.reason}")
+    return Tier("sdpa", "PyTorch's own is the fastest where it knows all that is asked")
+
+
+@OPS.register_module()
+class Attention(nn.Module):
+    """`attention` as a module without weights; projections belong to the layer that uses it. No dropout in evaluation."""
+
+    def __init__(self, causal: bool | str = False, scale: float | None = None, window: tuple[int, int] | None = None,
+                 dropout_p: float = 0.0, softcap: float = 0.0) -> None:
+        super().__init__()
+        band(causal, window)
+        check_dropout(dropout_p)
+        self.causal, self.scale, self.window, self.dropout_p, self.softcap = causal, scale, window, dropout_p, softcap
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        return attention(query, key, value, mask=mask, causal=self.causal, scale=self.scale, window=self.window,
+                         dropout_p=self.dropout_p if self.training else 0.0, softcap=self.softcap)
