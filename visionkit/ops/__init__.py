@@ -1,10 +1,15 @@
 """Tensors in, tensors out: the operations that detectors are made of, with no compiled extension."""
 from visionkit.ops.attention import (
     Attention,
+    EfficientAttention,
     FlashAttention,
+    LinearAttention,
     attention,
+    efficient_attention,
     flash_attention,
+    linear_attention,
     varlen_attention,
+    varlen_linear_attention,
 )
 from visionkit.ops.boxes import (
     box_area,
@@ -36,7 +41,9 @@ __all__ = [
     "DeformConv2dPack",
     "DeformPSRoIPool",
     "DeformRoIPool",
+    "EfficientAttention",
     "FlashAttention",
+    "LinearAttention",
     "MSDeformAttn",
     "ModulatedDeformConv2dPack",
     "NMS",
@@ -58,10 +65,12 @@ __all__ = [
     "deform_ps_roi_pool",
     "deform_roi_pool",
     "detections_from_scores",
+    "efficient_attention",
     "elementwise_box_iou",
     "elementwise_generalized_box_iou",
     "flash_attention",
     "generalized_box_iou",
+    "linear_attention",
     "ms_deform_attn",
     "nms",
     "ps_roi_align",
@@ -72,5 +81,6 @@ __all__ = [
     "sigmoid_focal_loss",
     "soft_nms",
     "varlen_attention",
+    "varlen_linear_attention",
     "xyxy_to_cxcywh",
 ]
