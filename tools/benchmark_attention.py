@@ -7,8 +7,9 @@ import sys
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Time flash_attention (tiled), varlen_attention (packed sequences) or linear_attention beside PyTorch's "
-                    "scaled_dot_product_attention, in turns; the median counts. Exit status 1 when results that should be the same are not.")
+        description="Time flash_attention (tiled), varlen_attention (packed) or linear_attention beside PyTorch's "
+                    "scaled_dot_product_attention, in turns; the median counts. Exit status 1 when results that should be the same are "
+                    "not.")
     parser.add_argument("study", choices=("flash", "varlen", "linear"))
     parser.add_argument("--lengths", nargs="+", type=int, metavar="N", help="numbers of tokens; of varlen: of one image each")
     parser.add_argument("--heads", type=int, help="default: 8 of flash, 16 of varlen, 1 of linear")

@@ -35,7 +35,7 @@ def random_call(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_values_and_gradients_agree_with_the_formula(reference, tile, seed):
-    """Spec 9, item 1: at most 6e-15 over the 20, in output and gradients; 1e-12 is asked."""
+    """Spec 9, item 1: at most 2e-15 over the 20, in output and gradients; 1e-12 is asked."""
     tile(8, 11)                                              # which divide hardly any
     shapes, options = random_call(seed)
     inputs = reference.tokens(**shapes)
@@ -47,7 +47,7 @@ def test_values_and_gradients_agree_with_the_formula(reference, tile, seed):
 @pytest.mark.parametrize("queries, keys", [(37, 37), (19, 37), (37, 19)])
 @pytest.mark.parametrize("causal", [False, True, "bottom_right", "top_left"])
 def test_both_alignments_and_rows_that_see_nothing(reference, tile, queries, keys, causal):
-    """Spec 9, items 1 and 5: at most 3e-15."""
+    """Spec 9, items 1 and 5: at most 2e-15."""
     tile(8, 11)
     inputs = reference.tokens(queries=queries, keys=keys, channels=7)
     ours = reference.with_gradients(lambda *tensors: flash_attention(*tensors, causal=causal), inputs)
@@ -88,8 +88,9 @@ def test_the_size_of_tiles_makes_no_difference(reference, tile, size):
     assert reference.largest_difference(reference.with_gradients(call, inputs), expected) <= 1e-13
 
 
-def test_keys_outside_and_queries_inside_make_the_same(reference):
+def test_keys_outside_and_queries_inside_make_the_same(reference, tile):
     """The order of FlashAttention 1, which rescales the normalised output at each tile of keys, is a check of the sums: 9e-16."""
+    tile(8, 7)
     query, key, value = (tensor.detach() for tensor in reference.tokens(heads=2, queries=21, keys=26))
     output, total = torch.zeros(2, 2, 21, 5, dtype=torch.float64), torch.zeros(2, 2, 21, 1, dtype=torch.float64)
     highest = torch.full_like(total, -math.inf)
@@ -108,7 +109,7 @@ def test_keys_outside_and_queries_inside_make_the_same(reference):
 
 
 def test_logsumexp_is_that_of_the_scores_and_has_a_gradient(reference, tile):
-    """Spec 9, item 2: 4e-16, its gradients 2e-15."""
+    """Spec 9, item 2: 4e-16, its gradients 1e-15."""
     tile(8, 11)
     inputs = reference.tokens(queries=37, keys=19)
     ours = flash_attention(*inputs, causal=True, softcap=2.0, return_logsumexp=True)[1]
@@ -121,7 +122,7 @@ def test_logsumexp_is_that_of_the_scores_and_has_a_gradient(reference, tile):
 
 
 def test_a_constant_added_to_a_row_of_scores_changes_its_logsumexp_alone(reference):
-    """Spec 9, item 2: 2e-15."""
+    """Spec 9, item 2: 8e-15, of constants of 20 and more."""
     query, key, value = (tensor.detach() for tensor in reference.tokens())
     constants = torch.randn(query.shape[:3], dtype=torch.float64) * 20
     output, logsumexp = flash_attention(query, key, value, scale=1.0, return_logsumexp=True)
@@ -131,7 +132,7 @@ def test_a_constant_added_to_a_row_of_scores_changes_its_logsumexp_alone(referen
 
 
 def test_parts_of_the_keys_are_put_together_by_their_logsumexp(reference):
-    """As decoding over split keys does: 8e-16."""
+    """As decoding over split keys does: 4e-16."""
     query, key, value = (tensor.detach() for tensor in reference.tokens(queries=3, keys=40))
     outputs, sums = zip(*(flash_attention(query, key[:, :, part], value[:, :, part], return_logsumexp=True)
                           for part in (slice(0, 13), slice(13, 14), slice(14, 40))), strict=True)
@@ -139,17 +140,17 @@ def test_parts_of_the_keys_are_put_together_by_their_logsumexp(reference):
     assert reference.largest_difference([(shares * torch.stack(outputs)).sum(0)], [flash_attention(query, key, value)]) <= 1e-13
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-3)])
-def test_scores_of_ten_thousand_do_not_overflow(reference, dtype, tolerance):
-    """float64 agrees to 1e-13. In float32 such scores have a last digit of 1e-3, and nothing better can be had of them: 4e-5."""
-    inputs = [tensor.detach().to(dtype) for tensor in reference.tokens(channels=2)]
-    inputs[0] = inputs[0].sign() * 100
-    inputs[1] = inputs[1] * 100
-    ours = flash_attention(*inputs, scale=1.0)
-    assert reference.dense_scores(*inputs[:2], scale=1.0).abs().max() > 1e4
-    assert ours.isfinite().all()
-    expected = reference.dense_attention(*(tensor.double() for tensor in inputs), scale=1.0)
-    assert reference.largest_difference([ours], [expected]) <= tolerance
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-2)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_of_ten_thousand_do_not_overflow(reference, dtype, tolerance, sign):
+    """2e-16 in float64; in float32, where the last digit of such scores is 1e-3, 1.8e-4, as PyTorch's own."""
+    query, key, value = (tensor.detach() for tensor in reference.tokens(channels=1))
+    query, key = torch.full_like(query, 100.0 * sign), 100 + key / 100      # scores of 10^4 that differ by a few units
+    inputs = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = reference.dense_attention(*exact, scale=1.0)
+    assert reference.dense_scores(*exact[:2], scale=1.0).abs().min() > 9e3
+    assert reference.largest_difference([flash_attention(*inputs, scale=1.0)], [expected]) <= tolerance
 
 
 def kept_for_backward(call):
@@ -169,7 +170,7 @@ def test_only_inputs_output_and_logsumexp_are_kept(reference):
 
 
 def test_what_is_kept_grows_with_the_number_of_tokens_not_its_square(reference):
-    """Spec 9, item 4: the slope in log-log is 1.000 from 256 to 2048 tokens; of the formula's own matrices 1.93 to 1.99."""
+    """Spec 9, item 4: the slope in log-log is 1.000 from 256 to 2048 tokens; of the formula's own matrices 1.79 to 1.94."""
     def slope(function):
         kept = []
         for count in (256, 512, 1024, 2048):
@@ -225,7 +226,7 @@ def test_dropout_is_the_same_in_both_passes(reference, tile):
 
 
 def test_dropout_keeps_the_mean_and_none_is_none(reference):
-    """Spec 9, item 6: the mean over 400 seeds is 4e-2 off, which is 0.9 of the largest that chance would allow 99.9 % of the time."""
+    """Spec 9, item 6: the mean over 400 seeds is 2e-2 off, 2.9 standard errors in the worst of 12 numbers."""
     query, key, value = (tensor.detach() for tensor in reference.tokens(1, 2, 2, 3, 40, 4, 2))
     full = flash_attention(query, key, value)
     assert torch.equal(flash_attention(query, key, value, dropout_p=0.0), full)
@@ -253,7 +254,7 @@ def test_what_is_dropped_looks_random():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_at_most_twice_as_much_as_pytorch(reference, tile, dtype):
-    """Spec 9, item 7: 0.9 to 1.0 of the error of PyTorch's attention to float64, output and gradients."""
+    """Spec 9, item 7: 0.4 to 0.9 of the error of PyTorch's attention to float64, output and gradients."""
     tile(16, 24)
     inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in reference.tokens(1, 2, 2, 96, 96, 32, 32)]
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]

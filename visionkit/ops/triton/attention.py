@@ -124,9 +124,14 @@ def _constants(query: Tensor, key: Tensor, value: Tensor, settings: Settings, bl
         "PACKED": settings.borders_q is not None, "LEFT": settings.left >= 0, "RIGHT": settings.right >= 0,
         "TOP_LEFT": settings.top_left, "SOFTCAP": settings.softcap > 0, "SLOPES": settings.slopes is not None,
         "SPARSE": settings.block_mask is not None, "DROPOUT": settings.seed is not None, "PRECISION": _precision(query.device),
-        "SPLIT": query.dtype != torch.float32,                              # there, products cost more than masks, and compile for long
+        "SPLIT": _splits(query.dtype),
         "num_warps": blocks[2], "num_stages": 2,
     }
+
+
+def _splits(dtype: torch.dtype) -> bool:
+    """Whether tiles within the band have a loop of their own, without masks: not where products cost far more, and compile for long."""
+    return dtype != torch.float32
 
 
 def _precision(device: torch.device) -> str:
