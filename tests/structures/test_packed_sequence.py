@@ -69,6 +69,25 @@ def test_the_mean_is_of_each_sequence_alone_and_0_of_none():
     assert packed.index().tolist() == [0, 0, 2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_of_many_tokens_in_half_precision_is_their_mean(dtype):
+    assert PackedSequence.pack([torch.full((4096, 1), 30.0, dtype=dtype)]).mean().item() == 30
+
+
+def test_of_no_sequences_there_is_an_empty_batch():
+    padded, valid = PackedSequence.of_lengths(torch.zeros(0, 3), []).to_padded()
+    assert padded.shape == (0, 0, 3)
+    assert valid.shape == (0, 0)
+
+
+def test_lengths_that_are_not_those_of_the_borders_are_refused():
+    borders = torch.tensor([0, 1, 4], dtype=torch.int32)
+    assert PackedSequence(torch.zeros(4, 2), borders, lengths=(1, 3)).lengths == (1, 3)
+    for lengths in ((3, 1), (5, -1), (4,)):
+        with pytest.raises(ValueError, match="cu_seqlens tell of lengths"):
+            PackedSequence(torch.zeros(4, 2), borders, lengths=lengths)
+
+
 def test_other_tokens_have_the_same_borders():
     packed = PackedSequence.of_grids(torch.zeros(6, 2), [(2, 3)])
     assert packed.replace(torch.ones(6, 5)).grids == ((2, 3),)

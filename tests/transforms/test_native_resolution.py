@@ -46,9 +46,17 @@ def test_an_image_within_the_limit_stays_as_it_is():
 
 
 def test_a_side_of_512_patches_is_an_error():
-    with pytest.raises(ValueError, match="28x7168 pixels has a side of 512 patches"):
-        ResizeToTokenLimit().transform({"img": np.zeros((28, 7168, 3), np.uint8)})
-    ResizeToTokenLimit().transform({"img": np.zeros((28, 7167, 3), np.uint8)})
+    for width in (7168, 7141):                   # 7141 pixels are 510.07 patches, which are padded to 512
+        with pytest.raises(ValueError, match=f"28x{width} pixels has a side of 512 patches"):
+            ResizeToTokenLimit().transform({"img": np.zeros((28, width, 3), np.uint8)})
+    ResizeToTokenLimit().transform({"img": np.zeros((28, 7140, 3), np.uint8)})
+
+
+def test_an_image_never_vanishes_and_one_that_is_no_photograph_is_refused():
+    assert ResizeToTokenLimit(limit=1).size(14, 7000) == (1, 313)
+    for image in (np.zeros((90, 90, 3), np.float32), np.zeros((90, 90, 1), np.uint8), np.zeros((90, 90), np.uint8)):
+        with pytest.raises(ValueError, match=r"images \[h, w, 3\] of uint8, got .* right after LoadImageFromFile"):
+            ResizeToTokenLimit(limit=4).transform({"img": image})
 
 
 def test_random_sizes_are_all_multiples_from_low_to_high_and_height_and_width_do_not_depend_on_each_other():
@@ -62,7 +70,7 @@ def test_random_sizes_are_all_multiples_from_low_to_high_and_height_and_width_do
     (dict(type="RandomNativeResize", low=50), "low and high are multiples of multiple"),
     (dict(type="RandomNativeResize", low=112, high=56), "low and high are multiples of multiple"),
     (dict(type="RandomNativeResize", interpolation="cubic"), "interpolation of the backend 'cv2' must be one of"),
-    (dict(type="ResizeToTokenLimit", limit=0), "patch_size and limit are 1 or more")])
+    (dict(type="ResizeToTokenLimit", limit=0), "patch_size, limit and merge are 1 or more")])
 def test_what_makes_no_sense_is_refused(config, said):
     with pytest.raises(ValueError, match=said):
         TRANSFORMS.build(config)

@@ -79,7 +79,7 @@ def build_call(form: str, passes: str, shape: Shape = Shape(), device: str = "cp
 
     def forward() -> Tensor:
         if form == "packed":
-            return block(images.tokens, images.cu_seqlens, images.max_seqlen, rotation)
+            return block(images.tokens, images.cu_seqlens, images.lengths, rotation)
         return padded_block(block, x, valid, turning)
 
     def forward_only() -> Sequence[Tensor]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from torch import Tensor, nn
 
-from visionkit.registry import MODELS
+from visionkit.registry import MODELS, ConfigError
 from visionkit.structures import ImageBatch, ImageList, PackedSequence, Sample
 
 
@@ -75,6 +75,9 @@ class NativeResolutionPreprocessor(BaseDataPreprocessor):
         """`inputs`, a list of uint8 or float [3, h, w] RGB, and `data_samples` to `images` and `samples`."""
         data = self.cast_data(data)
         given = list(data["inputs"])
+        if self.exchange_images and len(given) == 1:
+            raise ValueError("exchange_images needs another image to exchange with, and a batch has only one; set another batch_size, or "
+                             "drop_last=True")
         if self.exchange_images:
             given = given[1:] + given[:1]
         padded = ImageList.pad([image.float() for image in given], divisor=self.multiple)
@@ -107,7 +110,11 @@ class Model(BaseModel):
 
     Args:
         data_preprocessor: config of the preprocessor, or one that is built; by default `ImagePreprocessor`.
+
+    Attributes:
+        reads_tokens: whether it also works with a token backbone, and so with images that have a tensor each.
     """
+    reads_tokens = False
 
     def __init__(self, data_preprocessor: dict | nn.Module | None = None) -> None:
         preprocessor = MODELS.make(data_preprocessor or {"type": "ImagePreprocessor"}, at="data_preprocessor")
@@ -116,6 +123,7 @@ class Model(BaseModel):
     def __call__(self, images: ImageBatch | ImageList, samples: list[Sample] | None = None, mode: str = "tensor") -> Any:
         # mmengine, also through its DDP wrapper, calls model(**data, mode=...). Turning here rather than in forward leaves
         # forward to the paper.
+        self._refuse_tokens(images)
         if mode == "loss":
             return self.loss(images, samples)
         if mode == "predict":
@@ -123,6 +131,17 @@ class Model(BaseModel):
         if mode == "features":
             return self.extract_features(images)
         return super().__call__(images)
+
+    def _refuse_tokens(self, images: ImageBatch | ImageList) -> None:
+        if self.reads_tokens:
+            return
+        name, backbone = type(self).__name__, getattr(self, "backbone", None)
+        if getattr(backbone, "returns_tokens", False):
+            raise ConfigError(f"{name} reads maps, and {type(backbone).__name__} gives tokens; take another backbone, such as ResNet, or "
+                              f"a model that reads tokens: PackedDETR, ImageClassifier, Rotation", ("model", "backbone"))
+        if isinstance(images, ImageList):
+            raise ConfigError(f"{name} computes on images in one tensor, and each image here has a tensor of its own; take "
+                              f"dict(type='ImagePreprocessor')", ("model", "data_preprocessor"))
 
     @abstractmethod
     def forward(self, images: ImageBatch) -> Any:

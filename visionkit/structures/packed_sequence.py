@@ -22,7 +22,8 @@ class PackedSequence:
         tokens: [T, ...], usually [T, C].
         cu_seqlens: where each sequence begins, and where the last one ends.
         grids: the (h, w) of each image, in tokens; None: the sequences are no images.
-        lengths: of each sequence. They are read off `cu_seqlens` where they are not given, which waits for the device.
+        lengths: of each sequence. They are read off `cu_seqlens` where they are not given, which waits for the device; where they are, and
+            `cu_seqlens` is on another device than the CPU, they are believed.
 
     Raises:
         ValueError: the law is broken.
@@ -36,12 +37,16 @@ class PackedSequence:
         if self.cu_seqlens.dtype != torch.int32 or self.cu_seqlens.ndim != 1 or self.cu_seqlens.device != self.tokens.device:
             raise ValueError(f"cu_seqlens must be one row of int32 on {self.tokens.device}, as the tokens are, got {self.cu_seqlens.dtype} "
                              f"{list(self.cu_seqlens.shape)} on {self.cu_seqlens.device}")
-        if not self.lengths:
+        lengths = tuple(self.lengths)
+        if not lengths or self.cu_seqlens.device.type == "cpu":
             borders = self.cu_seqlens.tolist()
             if not borders or borders[0] != 0 or borders != sorted(borders):
                 raise ValueError(f"cu_seqlens must begin with 0 and never fall, got {borders}")
-            object.__setattr__(self, "lengths", tuple(end - start for start, end in zip(borders, borders[1:], strict=False)))
-        object.__setattr__(self, "lengths", tuple(self.lengths))
+            read = tuple(end - start for start, end in zip(borders, borders[1:], strict=False))
+            if lengths and lengths != read:
+                raise ValueError(f"cu_seqlens tell of lengths {list(read)}, and lengths are {list(lengths)}")
+            lengths = read
+        object.__setattr__(self, "lengths", lengths)
         if len(self.lengths) != len(self.cu_seqlens) - 1 or sum(self.lengths) != len(self.tokens):
             raise ValueError(f"{len(self.cu_seqlens) - 1} sequences that are {sum(self.lengths)} tokens long in all do not fill "
                              f"{len(self.tokens)} tokens")
@@ -90,7 +95,9 @@ class PackedSequence:
 
     def to_padded(self, value: float = 0.0) -> tuple[Tensor, Tensor]:
         """As a batch [n, L, ...], L the longest length, each sequence followed by `value`, and [n, L] bool, false on that padding."""
-        padded = torch.nn.utils.rnn.pad_sequence(list(self.split()), batch_first=True, padding_value=value)
+        padded = self.tokens.new_full((len(self), self.max_seqlen, *self.tokens.shape[1:]), value)
+        if len(self):
+            padded = torch.nn.utils.rnn.pad_sequence(list(self.split()), batch_first=True, padding_value=value)
         places = torch.arange(padded.shape[1], device=padded.device)
         return padded, places < self.cu_seqlens.diff()[:, None]
 
@@ -134,6 +141,9 @@ class PackedSequence:
                                        output_size=len(self.tokens))
 
     def mean(self) -> Tensor:
-        """[n, C]: the mean token of each sequence, 0 where it has none."""
-        sums = self.tokens.new_zeros(len(self), *self.tokens.shape[1:]).index_add_(0, self.index(), self.tokens)
-        return sums / self.cu_seqlens.diff().clamp(min=1).view(-1, *[1] * (self.tokens.ndim - 1))
+        """[n, C]: the mean token of each sequence, 0 where it has none. Sums are made in float32 at least, which half precision is not
+        enough for."""
+        tokens = self.tokens.to(torch.promote_types(self.tokens.dtype, torch.float32))
+        sums = tokens.new_zeros(len(self), *tokens.shape[1:]).index_add_(0, self.index(), tokens)
+        means = sums / self.cu_seqlens.diff().clamp(min=1).view(-1, *[1] * (tokens.ndim - 1))
+        return means.to(self.tokens.dtype)

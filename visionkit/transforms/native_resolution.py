@@ -4,7 +4,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import cv2
 import numpy as np
 from mmcv.transforms import BaseTransform
 from PIL import Image
@@ -25,25 +24,28 @@ class ResizeToTokenLimit(BaseTransform):
     Args:
         patch_size: pixels.
         limit: the most patches, 4096 in Kimi-VL-A3B.
+        merge: patches along a side of a token, to whose multiple the preprocessor will pad.
 
     Raises:
-        ValueError: a side still has 512 patches or more.
+        ValueError: a side would still have 512 patches or more, padding included, or the image has no three channels of uint8.
     """
 
-    def __init__(self, patch_size: int = 14, limit: int = 4096) -> None:
-        if patch_size < 1 or limit < 1:
-            raise ValueError(f"patch_size and limit are 1 or more, got {patch_size=}, {limit=}")
+    def __init__(self, patch_size: int = 14, limit: int = 4096, merge: int = 2) -> None:
+        if min(patch_size, limit, merge) < 1:
+            raise ValueError(f"patch_size, limit and merge are 1 or more, got {patch_size=}, {limit=}, {merge=}")
         self.patch_size = patch_size
         self.limit = limit
+        self.merge = merge
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """The height and width that an image of so many pixels gets."""
         patches = (width // self.patch_size) * (height // self.patch_size)
         if patches > self.limit:
             scale = math.sqrt(self.limit / patches)
-            height, width = int(height * scale), int(width * scale)
-        if max(height, width) >= LONGEST_SIDE * self.patch_size:
-            raise ValueError(f"an image of {height}x{width} pixels has a side of {max(height, width) // self.patch_size} patches, and "
+            height, width = max(int(height * scale), 1), max(int(width * scale), 1)
+        longest = -(-max(height, width) // (self.patch_size * self.merge)) * self.merge                  # patches, padding included
+        if longest >= LONGEST_SIDE:
+            raise ValueError(f"an image of {height}x{width} pixels has a side of {longest} patches, and "
                              f"there are positions for fewer than {LONGEST_SIDE}; crop it, or scale it down before")
         return height, width
 
@@ -52,16 +54,12 @@ class ResizeToTokenLimit(BaseTransform):
         height, width = self.size(*before)
         if (height, width) == before:
             return results
-        results["img"] = np.array(Image.fromarray(results["img"]).resize((width, height), Image.Resampling.BICUBIC))
-        results["img_shape"] = (height, width)
-        scale = (width / before[1], height / before[0])
-        factor = results.get("scale_factor", (1.0, 1.0))
-        results["scale_factor"] = (factor[0] * scale[0], factor[1] * scale[1])
-        if results.get("gt_bboxes") is not None:
-            results["gt_bboxes"] = results["gt_bboxes"] * np.float32(scale * 2)
-        if results.get("gt_masks") is not None:
-            masks = [cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) for mask in results["gt_masks"]]
-            results["gt_masks"] = np.array(masks, np.uint8).reshape(-1, height, width)
+        image = results["img"]
+        if image.dtype != np.uint8 or image.shape[2:] != (3,):
+            raise ValueError(f"ResizeToTokenLimit takes images [h, w, 3] of uint8, got {list(image.shape)} of {image.dtype}; put it right "
+                             f"after LoadImageFromFile")
+        results = Resize(scale=(width, height)).transform(results)          # all that goes along with the image
+        results["img"] = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
         return results
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -69,7 +67,7 @@ class ResizeToTokenLimit(BaseTransform):
         return self.size(height, width)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(patch_size={self.patch_size}, limit={self.limit})"
+        return f"{type(self).__name__}(patch_size={self.patch_size}, limit={self.limit}, merge={self.merge})"
 
 
 @TRANSFORMS.register_module()

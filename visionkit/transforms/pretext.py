@@ -58,7 +58,8 @@ class FourRotations(nn.Module):
     """Each image turned by 0, 90, 180 and 270 degrees (Gidaris et al. 2018, arXiv:1803.07728, sec. 2.2).
 
     Pixels are moved, never interpolated, so no trace of the turning gives the answer away; and all four views of an image are in the
-    batch, so no answer is more frequent than another. The views lie in memory as the images do.
+    batch, so no answer is more frequent than another. The views lie in memory as the images do. Only the shape of images that are not
+    square changes with a quarter turn: it tells nothing where heights and widths are alike in distribution (`RandomNativeResize`).
     """
 
     def __init__(self) -> None:

@@ -118,7 +118,7 @@ def test_what_cannot_be_built_is_refused(settings, said):
 def test_images_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="image 1 has 28x42 pixels, and patches fill multiples of 28 only"):
         build()(images([(28, 28), (28, 42)]))
-    with pytest.raises(ValueError, match="image 0 has 2x512 patches, and a side has fewer than 512; put dict"):
+    with pytest.raises(ValueError, match="image 0 has 2x512 patches, and a side has fewer than 512; crop it"):
         build()(ImageList((torch.zeros(3, 28, 512 * 14),)))
 
 

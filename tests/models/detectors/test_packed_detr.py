@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from visionkit.models.detectors import DETR, PackedDETR
 from visionkit.models.layers import SinePositionEncoding
-from visionkit.registry import MODELS
+from visionkit.registry import MODELS, ConfigError
 from visionkit.structures import ImageBatch, ImageList, InstanceData, PackedSequence, Sample
 from visionkit.testing import check_model
 
@@ -16,7 +16,7 @@ STRIDE, CHANNELS = 8, 12
 
 class Patches(nn.Module):
     """The smallest backbone of tokens: a linear layer on each patch of 8x8 pixels."""
-    out_channels, strides = (CHANNELS,), (STRIDE,)
+    returns_tokens, out_channels, strides = True, (CHANNELS,), (STRIDE,)
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,6 +29,7 @@ class Patches(nn.Module):
 
 class Map(Patches):
     """The same as a map [B, C, h, w] of images of one size."""
+    returns_tokens = False
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
         return (self.embed(images),)
@@ -171,6 +172,22 @@ def test_it_learns_two_images_of_different_sizes_by_heart():
         torch.testing.assert_close(best.bboxes[order], 2 * expected.bboxes[wanted], rtol=0, atol=8)     # pixels of the original
 
 
-def test_channels_that_do_not_hold_two_sinusoids_are_refused():
-    with pytest.raises(ValueError, match="multiple of 4 channels"):
-        build(channels=30, num_heads=2)
+def test_a_backbone_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="PackedDETR reads tokens, and Map gives maps"):
+        build(backbone=Map())
+    vit = {"type": "ViT", "patch_size": 8, "channels": 16, "num_layers": 1, "num_heads": 2, "hidden_channels": 16}
+    with pytest.raises(ConfigError, match="have no grids; let the backbone return patches alone"):
+        build(backbone=vit | {"returned": "all"})(images((16, 24)))
+    build(backbone=vit)(images((16, 24)))
+
+
+@pytest.mark.parametrize("model", ["DETR", "CPC", "DeepInfoMax"])
+def test_models_of_maps_refuse_tokens_and_images_without_a_canvas(model):
+    settings = SETTINGS if model == "DETR" else {}
+    vit = {"type": "ViT", "patch_size": 8, "channels": 16, "num_layers": 1, "num_heads": 2, "hidden_channels": 16}
+    small = {"type": "StridedConvs", "channels": (8, 8)}
+    with pytest.raises(ConfigError, match=f"model.data_preprocessor: {model} computes on images in one tensor"):
+        MODELS.build({"type": model, "backbone": small} | settings)(images((32, 32)), [], mode="loss")
+    if model == "DETR":                          # the others read of the constructor's maps what tokens do not have
+        with pytest.raises(ConfigError, match="model.backbone: DETR reads maps, and ViT gives tokens; .* PackedDETR"):
+            MODELS.build({"type": model, "backbone": vit} | settings)(images((32, 32)), [], mode="loss")

@@ -130,6 +130,22 @@ def test_packed_sequences_give_what_each_gives_alone(pre_norm):
             torch.testing.assert_close(target.replace(output).split()[index], own[0], rtol=0, atol=1e-5)
 
 
+def test_packed_tokens_never_learn_of_later_ones_of_their_sequence():
+    attention = Attention(CHANNELS, HEADS)
+    packed = PackedSequence.pack([tokens(3), tokens(4, seed=2)])
+    output = attention(*[packed.tokens] * 3, Borders.between(packed, packed), causal=True)
+    for own, alone in zip(packed.replace(output).split(), packed.split(), strict=True):
+        torch.testing.assert_close(own, attention(*[alone[None]] * 3, causal=True)[0], rtol=0, atol=1e-6)
+
+
+def test_packed_sequences_that_do_not_fit_are_refused():
+    few, many = (PackedSequence.pack([tokens(length)]) for length in (3, 5))
+    with pytest.raises(ValueError, match=r"a key for each query, got \[3\] queries and \[5\] keys"):
+        Attention(CHANNELS, HEADS)(few.tokens, many.tokens, many.tokens, Borders.between(few, many), causal=True)
+    with pytest.raises(ValueError, match="packed both or neither; got source_valid Borders and target_valid NoneType"):
+        transformer()(many.tokens, few.tokens, source_valid=Borders.between(many, many))
+
+
 def test_positions_go_to_queries_and_keys_of_every_layer_but_not_to_values():
     model = transformer()
     seen = []

@@ -23,10 +23,10 @@ def test_every_kernel_compiles_for_ampere_and_hopper_in_each_type():
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     variants = {(90, "torch.float32"), (90, "torch.bfloat16"), (90, "torch.float16"), (80, "torch.bfloat16")}
     for op in TRITON_OPS:
-        compiled = {(row["capability"], row["dtype"], row["kernel"]) for row in rows if row["op"] == op}
+        compiled = [(row["capability"], row["dtype"]) for row in rows if row["op"] == op]
         # The two share their kernels, and variants, for these take long to compile.
         expected = {"flash_attention": {(90, "torch.float16")}, "varlen_attention": variants - {(90, "torch.float16")}}.get(op, variants)
-        assert {variant[:2] for variant in compiled} == expected
+        assert set(compiled) == expected
         assert len(compiled) == (3 if op in ATTENTION else 2) * len(expected), "forward and backward, of attention two"
     for row in rows:
         if row["op"] in ATTENTION:                                           # whose tiles are to fill the registers

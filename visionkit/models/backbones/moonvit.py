@@ -56,10 +56,16 @@ class MoonViT(Trunk):
                  position_grid: Sequence[int] = (64, 64), merge: Sequence[int] | None = (2, 2), rope_base: float = 10000.0,
                  checkpointing: bool | str | Mapping = False, pretrained: str | None = None, init_cfg: Mapping | None = None) -> None:
         super().__init__(pretrained, init_cfg)
+        if min(patch_size, channels, num_layers, num_heads, hidden_channels) < 1:
+            raise ValueError(f"patch_size, channels, num_layers, num_heads and hidden_channels are 1 or more, got {patch_size}, "
+                             f"{channels}, {num_layers}, {num_heads} and {hidden_channels}")
+        if len(position_grid) != 2 or min(position_grid) < 1:
+            raise ValueError(f"position_grid is (rows, columns) of the learned table, got {position_grid}")
         if channels % (4 * num_heads):
             raise ValueError(f"rows and columns rotate pairs of channels: channels must be a multiple of 4 * num_heads = {4 * num_heads}, "
                              f"got {channels}")
-        if merge is not None and (len(merge) != 2 or merge[0] != merge[1] or merge[0] < 1):
+        if merge is not None and not (isinstance(merge, Sequence) and len(merge) == 2 and isinstance(merge[0], int)
+                                      and merge[0] == merge[1] >= 1):
             raise ValueError(f"merge must be as many rows as columns of patches, such as (2, 2), or None; got {merge}")
         self.patch_size = patch_size
         self.head_channels = channels // num_heads
@@ -88,8 +94,8 @@ class MoonViT(Trunk):
         patches = patches_of(images, self.patch_size, self.strides[0])
         for index, grid in enumerate(patches.grids):
             if max(grid) >= LONGEST_SIDE:
-                raise ValueError(f"image {index} has {grid[0]}x{grid[1]} patches, and a side has fewer than {LONGEST_SIDE}; put "
-                                 f"dict(type='ResizeToTokenLimit') before PackSample into the pipeline, or crop")
+                raise ValueError(f"image {index} has {grid[0]}x{grid[1]} patches, and a side has fewer than {LONGEST_SIDE}; crop "
+                                 f"it in the pipeline, or scale it down")
         tokens = self.patch_embed(patches.tokens) + resized_positions(self.positions, patches.grids)
         rotation = rotation_2d(*patch_coordinates(patches), self.head_channels, self.rope_base)               # once, for all blocks
         tokens = self.encoder(patches.replace(tokens), rotation)

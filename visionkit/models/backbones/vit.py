@@ -28,7 +28,7 @@ class ViT(Trunk):
         position_grid: rows and columns of the learned table, which are interpolated bicubically for other grids (sec. 3.2).
         class_token: a learned token before those of each image, which belongs to no patch.
         returned: `patches`; `class`: the class token alone, as an image of one token, which is what pooling then gives; `all`: the class
-            token and the patches after it, without grids.
+            token and the patches after it, without grids; without a class token the same as `patches`.
         checkpointing: which blocks' activations are computed again in the backward pass, less memory for more time: True,
             `dict(policy="sqrt")`, `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`.
         pretrained: a checkpoint of this network, or of any model with one, to start from; see `Trunk`.
@@ -45,6 +45,11 @@ class ViT(Trunk):
                  position_grid: Sequence[int] = (14, 14), class_token: bool = True, returned: str = "patches",
                  checkpointing: bool | str | Mapping = False, pretrained: str | None = None, init_cfg: Mapping | None = None) -> None:
         super().__init__(pretrained, init_cfg)
+        if min(patch_size, channels, num_layers, num_heads, hidden_channels) < 1:
+            raise ValueError(f"patch_size, channels, num_layers, num_heads and hidden_channels are 1 or more, got {patch_size}, "
+                             f"{channels}, {num_layers}, {num_heads} and {hidden_channels}")
+        if len(position_grid) != 2 or min(position_grid) < 1:
+            raise ValueError(f"position_grid is (rows, columns) of the learned table, got {position_grid}")
         if returned not in ("patches", "class", "all"):
             raise ValueError(f"returned must be 'patches', 'class' or 'all', got {returned!r}")
         if returned == "class" and not class_token:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from visionkit.models.detectors.detr import DETR, SetPrediction
 from visionkit.models.layers import Borders, sinusoid
-from visionkit.registry import MODELS, NECKS
+from visionkit.registry import MODELS, NECKS, ConfigError
 from visionkit.structures import ImageList, PackedSequence
 
 # B images, T tokens of all of them, Q queries, D channels of the transformer
@@ -21,12 +21,16 @@ class PackedDETR(DETR):
     queries to them, whatever else is in the batch.
 
     Args:
-        backbone: `ImageList` to `PackedSequence`, with the attributes `out_channels` and `strides`, and `patches_per_token` where it puts
-            several patches side by side.
+        backbone: `ImageList` to `PackedSequence`, with the attributes `returns_tokens`, `out_channels` and `strides`, and
+            `patches_per_token` where it puts several patches side by side.
         neck: what the backbone gives to other tokens, such as `MLPProjector`, before the linear layer to D channels; by default there is
             none.
         num_classes and the arguments after neck: of `DETR`.
+
+    Raises:
+        ConfigError: the backbone gives no tokens, or, in the forward pass, tokens without grids.
     """
+    reads_tokens = True
 
     def __init__(self, backbone: dict | nn.Module, num_classes: int, neck: dict | nn.Module | None = None, num_queries: int = 100,
                  channels: int = 256, num_heads: int = 8, hidden_channels: int = 2048, encoder_layers: int = 6, decoder_layers: int = 6,
@@ -38,12 +42,14 @@ class PackedDETR(DETR):
                          inner_dropout=inner_dropout, pre_norm=pre_norm, auxiliary_losses=auxiliary_losses, matcher=matcher,
                          set_loss=set_loss, score_threshold=score_threshold, checkpointing=checkpointing,
                          data_preprocessor=data_preprocessor or {"type": "NativeResolutionPreprocessor"})
-        if channels % 4:
-            raise ValueError(f"y and x have sines and cosines each and need a multiple of 4 channels, got {channels}")
+        if not getattr(self.backbone, "returns_tokens", False):
+            raise ConfigError(f"PackedDETR reads tokens, and {type(self.backbone).__name__} gives maps; take MoonViT or ViT, or DETR",
+                              ("backbone",))
         self.channels = channels
         width, strides = self.backbone.out_channels, self.backbone.strides
         self.neck = nn.Identity() if neck is None else NECKS.make(neck, at="neck", in_channels=width, strides=strides)
         width = width[-1] * getattr(self.backbone, "patches_per_token", 1) if neck is None else self.neck.out_channels[-1]
+        self.stride = (strides if neck is None else self.neck.strides)[-1]                                  # pixels, each way
         self.project = nn.Linear(width, channels)
 
     def forward(self, images: ImageList) -> list[SetPrediction]:
@@ -60,7 +66,10 @@ class PackedDETR(DETR):
     def positions(self, tokens: PackedSequence, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """[T, D]: sinusoids of where the middle of each token lies, as fractions of the height and width of its image, whose (h, w) in
         pixels are `sizes`: once around the circle from one border to the other."""
-        stride, device = self.backbone.strides[-1], tokens.tokens.device
+        if tokens.grids is None:
+            raise ConfigError("PackedDETR needs to know where a token lies, and these have no grids; let the backbone return patches alone",
+                              ("model", "backbone"))
+        stride, device = self.stride, tokens.tokens.device
         encoded = []
         for (rows, columns), (height, width) in zip(tokens.grids, sizes, strict=True):
             y, x = (sinusoid((torch.arange(count, device=device) + 0.5) * (2 * math.pi * stride / size), self.channels // 2)

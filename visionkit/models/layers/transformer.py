@@ -25,19 +25,19 @@ _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F
 
 class Borders(NamedTuple):
     """Where packed sequences begin and end: a query reads the keys of its own sequence, all of them."""
-    queries: Tensor         # [B + 1] int32, where those of each sequence begin, and where the last end
-    keys: Tensor            # likewise
-    most_queries: int       # of one sequence
-    most_keys: int
+    queries: Tensor                     # [B + 1] int32, where those of each sequence begin, and where the last end
+    keys: Tensor                        # likewise
+    query_lengths: tuple[int, ...]      # of each sequence, known without asking the device
+    key_lengths: tuple[int, ...]
 
     @classmethod
     def between(cls, readers: PackedSequence, read: PackedSequence) -> Borders:
         """For attention of the tokens of `readers` to those of `read`, sequence by sequence."""
-        return cls(readers.cu_seqlens, read.cu_seqlens, readers.max_seqlen, read.max_seqlen)
+        return cls(readers.cu_seqlens, read.cu_seqlens, readers.lengths, read.lengths)
 
     def reading(self, others: Borders) -> Borders:
         """For attention of these queries to the keys of `others`."""
-        return Borders(self.queries, others.keys, self.most_queries, others.most_keys)
+        return Borders(self.queries, others.keys, self.query_lengths, others.key_lengths)
 
 
 class Attention(nn.Module):
@@ -75,7 +75,7 @@ class Attention(nn.Module):
             value: [B, S, D].
             valid: [B, S] bool, keys that may be read; or the borders of packed sequences. A query that may read none gets zeros, before
                 the output's bias.
-            causal: a query reads keys of its own place and before only.
+            causal: a query reads keys of its own place and before only. Packed, each sequence has as many keys as queries then.
 
         Returns:
             [B, T, D].
@@ -84,7 +84,12 @@ class Attention(nn.Module):
         if isinstance(valid, Borders):
             q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1))            # [T or S, heads, D / heads]
                        for linear, x in ((self.query, query), (self.key, key), (self.value, value)))
-            return self.output(varlen_attention(q, k, v, *valid, dropout_p=dropout, causal=causal).flatten(1))
+            if causal and valid.query_lengths != valid.key_lengths:
+                raise ValueError(f"causal attention of packed sequences needs a key for each query, got {list(valid.query_lengths)} "
+                                 f"queries and {list(valid.key_lengths)} keys")
+            read = varlen_attention(q, k, v, valid.queries, valid.keys, dropout_p=dropout, causal=causal, lengths_q=valid.query_lengths,
+                                    lengths_k=valid.key_lengths)
+            return self.output(read.flatten(1))
         mask = None if valid is None else valid[:, None, None]                  # [B, 1, 1, S]
         if causal and valid is not None:
             mask = mask & torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=key.device).tril()
@@ -270,6 +275,9 @@ class Transformer(nn.Module):
         Returns:
             the output [B, T, D] of every decoder layer, the last one last, and what the encoder read, [B, S, D].
         """
+        if isinstance(source_valid, Borders) != isinstance(target_valid, Borders):
+            raise ValueError(f"source and target are packed both or neither; got source_valid {type(source_valid).__name__} and "
+                             f"target_valid {type(target_valid).__name__}")
         memory = self.encoder(source, source_position, source_valid)
         memory_valid = target_valid.reading(source_valid) if isinstance(source_valid, Borders) else source_valid
         return self.decoder(target, memory, target_position, source_position, target_valid, memory_valid, causal), memory

@@ -2,6 +2,7 @@
 Dehghani et al. 2023, NaViT, arXiv:2307.06304): images of any size, one after the other, with no token that belongs to none."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,14 +33,18 @@ def patches_of(images: ImageList | ImageBatch | Tensor, patch_size: int, divisor
         [T, 3 * P * P], channel by channel, with grids.
 
     Raises:
-        ValueError: an image is no multiple of `divisor`, or the canvas of a batch ends before its patch does.
+        ValueError: these are no images, or one is no multiple of `divisor`, or the canvas of a batch ends before its patch does.
     """
     divisor = divisor or patch_size
+    if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
+        raise ValueError(f"a batch of images is [B, 3, H, W], got {list(images.shape)}")
     sequences, grids = [], []
     for index, image in enumerate(_each(images, divisor)):
         height, width = image.shape[-2:]
         if height % divisor or width % divisor:
-            raise ValueError(f"image {index} has {height}x{width} pixels, and patches fill multiples of {divisor} only; take "
+            where = "x".join(map(str, images.sizes[index])) + f" in a canvas of {images.tensor.shape[2]}x{images.tensor.shape[3]}" if (
+                isinstance(images, ImageBatch)) else f"{height}x{width}"
+            raise ValueError(f"image {index} has {where} pixels, and patches fill multiples of {divisor} only; take "
                              f"data_preprocessor=dict(type='NativeResolutionPreprocessor', multiple={divisor}), or "
                              f"dict(type='ImagePreprocessor', pad_divisor={divisor}), or resize in the pipeline")
         grid = (height // patch_size, width // patch_size)
@@ -77,7 +82,7 @@ class PatchEmbedding(nn.Module):
 def resized_positions(table: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
     """A learned table of positions at other sizes, by bicubic interpolation between the centres of its cells, without antialiasing.
 
-    In float64: float32 rounds a place beyond cell 32 by 2e-6 of a cell, which alone changes a table of normal numbers by 1e-5.
+    As a product with a matrix each way, whose gradient is deterministic on every device.
 
     Args:
         table: [rows, columns, C].
@@ -86,14 +91,25 @@ def resized_positions(table: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor
     Returns:
         [T, C].
     """
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
     resized = {}
     for grid in set(grids):
         if grid == tuple(table.shape[:2]):
             resized[grid] = table.flatten(0, 1)
         else:
-            image = table.movedim(-1, 0)[None].double()
-            resized[grid] = F.interpolate(image, grid, mode="bicubic", align_corners=False)[0].flatten(1).T.to(table.dtype)
+            down, across = (bicubic_weights(old, new).to(wide) for old, new in zip(table.shape[:2], grid, strict=True))
+            columns = torch.einsum("ws,rsc->rwc", across, wide)
+            resized[grid] = torch.einsum("hr,rwc->hwc", down, columns).flatten(0, 1).to(table.dtype)
     return torch.cat([resized[grid] for grid in grids])
+
+
+@functools.lru_cache(maxsize=1024)
+def bicubic_weights(cells: int, places: int) -> Tensor:
+    """[places, cells] float64: how much of each cell there is in each place of a row that is interpolated. In float64, because float32
+    rounds a place beyond cell 32 by 2e-6 of a cell, which alone changes a table of normal numbers by 1e-5."""
+    with torch.inference_mode(False), torch.no_grad():
+        unit = torch.eye(cells, dtype=torch.float64, device="cpu")[None, :, :, None]                          # a cell each channel
+        return F.interpolate(unit, (places, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.contiguous()
 
 
 def patch_coordinates(images: PackedSequence) -> tuple[Tensor, Tensor]:
@@ -149,11 +165,11 @@ class PackedAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)         # rows: the queries of all heads, the keys, the values
         self.output = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rotation: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, lengths: Sequence[int], rotation: Tensor | None = None) -> Tensor:
         """[T, C] to [T, C]; for the other arguments see `VisionTransformerBlock`."""
         qkv = self.qkv(x).view(len(x), 3, self.num_heads, -1)
         q, k, v = qkv.unbind(1) if rotation is None else (*rotated(qkv[:, :2], rotation).unbind(1), qkv[:, 2])
-        return self.output(varlen_attention(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen).flatten(1))
+        return self.output(varlen_attention(q, k, v, cu_seqlens, cu_seqlens, lengths_q=lengths).flatten(1))
 
 
 class VisionTransformerBlock(nn.Module):
@@ -174,16 +190,16 @@ class VisionTransformerBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(channels, eps)
         self.feed_forward = FeedForward(channels, hidden_channels, activation=activation)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rotation: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, lengths: Sequence[int], rotation: Tensor | None = None) -> Tensor:
         """[T, C] to [T, C].
 
         Args:
             x: tokens of all sequences.
             cu_seqlens: int32 [n + 1], where each sequence begins, and where the last one ends.
-            max_seqlen: the longest length.
+            lengths: of each sequence, known without asking the device.
             rotation: [T, D / 2], see `rotation_2d`; by default queries and keys have no positions of their own.
         """
-        x = x + self.attention(self.attention_norm(x), cu_seqlens, max_seqlen, rotation)
+        x = x + self.attention(self.attention_norm(x), cu_seqlens, lengths, rotation)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -206,7 +222,7 @@ class VisionTransformerEncoder(nn.Module):
 
     def forward(self, tokens: PackedSequence, rotation: Tensor | None = None) -> PackedSequence:
         """Tokens [T, C] to tokens [T, C]; `rotation` is the same for all blocks."""
-        x = run_blocks(self.blocks, tokens.tokens, tokens.cu_seqlens, tokens.max_seqlen, rotation, checkpointing=self.checkpointing)
+        x = run_blocks(self.blocks, tokens.tokens, tokens.cu_seqlens, tokens.lengths, rotation, checkpointing=self.checkpointing)
         return tokens.replace(self.norm(x))
 
 

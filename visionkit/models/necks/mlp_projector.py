@@ -38,8 +38,11 @@ class MLPProjector(nn.Module):
         """Tokens [T, m, C] to tokens [T, out_channels], with the same grids; [T, C] are tokens of one patch.
 
         Raises:
-            ValueError: a token has another number of patches.
+            ValueError: these are no tokens, or a token has another number of patches.
         """
+        if not isinstance(images, PackedSequence):
+            raise ValueError(f"the projector takes a packed sequence of tokens, got {type(images).__name__}; take a backbone of tokens, "
+                             f"such as MoonViT")
         patches = images.tokens[:, None] if images.tokens.ndim == 2 else images.tokens
         if patches.shape[1] != self.patches_per_token:
             raise ValueError(f"the projector takes tokens of {self.patches_per_token} patches, and the backbone gives tokens of "

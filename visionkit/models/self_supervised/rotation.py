@@ -20,7 +20,11 @@ class Rotation(Model):
         head: features to four logits; by default `RotationHead`.
         puzzle: images to their rotations; by default `FourRotations`.
         data_preprocessor: raw images to a batch or a list, which must not be padded.
+
+    Images of their own sizes show by their shape whether they were turned by a quarter, if the data has mostly wide ones, say: let the
+    pipeline draw heights and widths alike, as `RandomNativeResize` does.
     """
+    reads_tokens = True
 
     def __init__(self, backbone: dict | nn.Module, head: dict | nn.Module | None = None, puzzle: dict | nn.Module | None = None,
                  data_preprocessor: dict | nn.Module | None = None) -> None:
