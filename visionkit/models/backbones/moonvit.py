@@ -16,6 +16,7 @@ from visionkit.models.layers import (
     resized_positions,
     rotation_2d,
 )
+from visionkit.ops.checkpointing import Checkpointing
 from visionkit.registry import BACKBONES
 from visionkit.structures import ImageBatch, ImageList, PackedSequence
 
@@ -73,7 +74,8 @@ class MoonViT(Trunk):
         self.rope_base = rope_base
         self.patch_embed = PatchEmbedding(patch_size, channels)
         self.positions = nn.Parameter(torch.empty(*position_grid, channels))
-        self.encoder = VisionTransformerEncoder(num_layers, channels, num_heads, hidden_channels, "gelu_tanh", 1e-5, checkpointing)
+        self.checkpointing = Checkpointing.of(checkpointing)
+        self.encoder = VisionTransformerEncoder(num_layers, channels, num_heads, hidden_channels, "gelu_tanh", 1e-5, self.checkpointing)
         nn.init.normal_(self.positions)
         for block in self.encoder.blocks:
             for linear in (block.feed_forward.linear1, block.feed_forward.linear2):

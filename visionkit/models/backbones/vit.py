@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from visionkit.models.backbones.pretrained import Trunk
 from visionkit.models.layers import PatchEmbedding, VisionTransformerEncoder, patches_of, resized_positions
+from visionkit.ops.checkpointing import Checkpointing
 from visionkit.registry import BACKBONES
 from visionkit.structures import ImageBatch, ImageList, PackedSequence
 
@@ -61,7 +62,8 @@ class ViT(Trunk):
         self.class_token = nn.Parameter(torch.empty(1, 1, channels)) if class_token else None
         # the class token's place comes first
         self.positions = nn.Parameter(torch.empty(1, int(class_token) + position_grid[0] * position_grid[1], channels))
-        self.encoder = VisionTransformerEncoder(num_layers, channels, num_heads, hidden_channels, "gelu", 1e-6, checkpointing)
+        self.checkpointing = Checkpointing.of(checkpointing)
+        self.encoder = VisionTransformerEncoder(num_layers, channels, num_heads, hidden_channels, "gelu", 1e-6, self.checkpointing)
         for weight in (self.positions, self.class_token, *(module.weight for module in self.modules() if isinstance(module, nn.Linear))):
             if weight is not None:
                 nn.init.trunc_normal_(weight, std=0.02)
