@@ -166,10 +166,10 @@ def test_the_shift_counts_places_among_the_samples_that_are_there():
     assert report_packs("by hand", packs, 10, 1, 4).shift == (2 + 1 + 1 + 0) / 4
 
 
-@pytest.mark.parametrize("packer, shift", [("next_fit", 0.0), ("best_fit", 5.0), ("balanced", 7.2)])
+@pytest.mark.parametrize("packer, shift", [("next_fit", 0.0), ("best_fit", 5.0), ("balanced", 6.9)])
 def test_the_order_of_packs_does_not_put_long_samples_first_or_last(packer, shift):
     """Spec 6, (e): 4000 samples of 5 to 60 tokens, packs of 100, two seeds. Samples come a few places from where they were drawn
-    (next-fit 0, best-fit 5.0, balanced 7.0 measured). The mean length in the first half of the packs over that in the second is that of
+    (next-fit 0, best-fit 5.0, balanced 6.9 measured). The mean length in the first half of the packs over that in the second is that of
     the stream itself, to 0.5 % (measured 0.5 %). What does depend on length is what shares a pack: a mean over packs of means over
     samples counts long samples for 1.10, 1.08 and 1.07 times their length."""
     for seed in range(2):
