@@ -8,6 +8,7 @@ from mmengine.dataset import DefaultSampler
 from torch.utils.data import DataLoader
 
 from visionkit.datasets import DrawSampler, InfiniteDrawSampler, PackedBatchSampler, sampler
+from visionkit.engine.loops import same_images
 from visionkit.registry import SAMPLERS, ConfigError
 
 LIMIT = 100
@@ -115,6 +116,18 @@ def test_resuming_goes_on_with_the_very_next_pack(kind, data, packer):
         resumed = batches_of(data(), **settings)
         resumed.resume_at(stop)
         assert told(islice(resumed, 12 - stop)) == whole[stop:]
+
+
+@pytest.mark.parametrize("epochs, first_pack", [(0, 3), (1, 16 + 3), (10, 10 * 16 + 3)], ids=["first", "second", "eleventh"])
+def test_with_other_packs_a_batch_the_first_epoch_goes_on_at_the_same_pack_and_later_ones_nearby(epochs, first_pack):
+    """A pass of 16 packs is 6 batches of 3 packs, so each epoch had 2 packs more than with one pack a batch."""
+    then, now = batches_of(Texts(), batch_size=3), batches_of(Texts())
+    assert (len(then), len(now)) == (6, 16)
+    now.sampler.set_epoch(epochs)
+    now.resume_at(same_images(1, *({"images_per_iter": some.batch_size, "iters_per_epoch": len(some)} for some in (then, now))))
+    expected = next(islice(now.packs(epochs=None), first_pack, None))
+    assert [int(draw) for draw in next(iter(now))] == [place.index for place in expected.items]
+    assert 0 <= epochs * 6 * 3 + 3 - first_pack < max(1, epochs * 3)       # what docs/data.md says: fewer an epoch than the larger step has
 
 
 def test_resuming_in_a_later_epoch_loads_nothing_and_holds_for_one_iteration():

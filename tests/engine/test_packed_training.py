@@ -74,7 +74,7 @@ def test_an_epoch_has_the_iterations_that_its_packs_need_and_the_schedule_knows(
     assert set(times.values()) <= {1, 2, 3}                  # two passes, up to the packs by which they differ
 
 
-def test_another_world_size_resumes_at_the_same_pack_and_other_packs_at_about_the_same_image():
+def test_another_world_size_resumes_at_the_same_pack_of_the_epoch_and_other_packs_at_about_the_same_image():
     """What an iteration is when packs are dealt to 2 processes, or hold twice as much."""
     then = {"images_per_iter": 1, "iters_per_epoch": 40, "packing": "small"}
     assert same_images(30, then, {"images_per_iter": 2, "iters_per_epoch": 20, "packing": "small"}) == 15

@@ -74,7 +74,8 @@ class EpochLoop(EpochBasedTrainLoop):
     """Train epoch by epoch, validating in between.
 
     A run resumes in the middle of an epoch at the next batch, also with another batch size or number of processes: what counts is
-    the images of the epoch that were seen. A validation that a stop cut short is made up for.
+    the images, or packs, of the epoch that were seen. An epoch of packs is whole steps, so with other steps it may begin some packs
+    from where it began before. A validation that a stop cut short is made up for.
 
     Args:
         runner: the runner; it gives itself and the data loader.
