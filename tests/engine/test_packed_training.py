@@ -138,6 +138,20 @@ def test_a_batch_sampler_is_checked_before_the_run(toy, change, message):
             more=PACKED.format(sampler="DrawSampler", packer="best_fit"))
 
 
+def test_packs_are_refused_outside_training(toy, validation):
+    """Their epochs are as long as the first pass, and their last step is filled from the next."""
+    batch_sampler = "dict(type='PackedBatchSampler', max_tokens=20, length=dict(type='ToyLength')), batch_size"
+    with pytest.raises(ConfigError, match=r"^val_dataloader\.batch_sampler: packs are for training: .* leave the batch_sampler out"):
+        toy("run", more=validation.replace("batch_size", f"batch_sampler={batch_sampler}", 1))
+
+
+@pytest.mark.parametrize("sampler", ["InfiniteDrawSampler", "InfiniteSampler"])
+@pytest.mark.parametrize("loop", ["type='EpochLoop'", "by_epoch=True"], ids=["named", "default"])
+def test_epochs_that_would_not_end_are_refused(toy, sampler, loop):
+    with pytest.raises(ConfigError, match=rf"^train_dataloader\.sampler: {sampler} never comes to the end of an epoch, which EpochLoop"):
+        toy("run", more=f"train_cfg = dict(_delete_=True, max_epochs=1, {loop})\ntrain_dataloader = dict(sampler=dict(type={sampler!r}))")
+
+
 # ---------------------------------------------------------------------------------------------------------------------- the report
 
 def packs_of(*lengths):
