@@ -505,3 +505,41 @@ def test_a_block_that_computes_something_else_the_second_time_is_an_error(policy
     output = run_blocks(blocks, tokens(), checkpointing=policy)
     with pytest.raises(CheckpointError, match="different number of tensors"):
         output.sum().backward()
+
+
+class Shifting(nn.Module):
+    """Its second run is on twice as many tokens, or has other numbers."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.linear, self.second, self.runs = nn.Linear(CHANNELS, CHANNELS), second, 0
+
+    def forward(self, x):
+        self.runs += 1
+        return torch.tanh(self.linear(x if self.runs == 1 else self.second(x))).sum(0, keepdim=True)
+
+
+@pytest.mark.parametrize("policy, error, message", [("every", CheckpointError, "have different metadata"),
+                                                    ("selective", RuntimeError, "not found in storage")])
+def test_other_shapes_or_ops_the_second_time_are_an_error(policy, error, message):
+    """Spec 05, checklist 5: another shape of saved tensors; with a selective policy, other ops."""
+    output = run_blocks([Shifting(lambda x: torch.cat([x, x]))], tokens(), checkpointing=policy)
+    with pytest.raises(error, match=message):
+        output.sum().backward()
+
+
+def test_other_values_the_second_time_are_not_noticed():
+    """As `recompute` says: a block has to compute the same twice."""
+    x, found = tokens(), []
+    for policy in ("every", "none"):
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(run_blocks([Shifting(lambda x: x + 1)], x, checkpointing=policy).sum(), x)[0])
+    assert not torch.allclose(*found)
+
+
+def test_what_is_kept_must_not_be_changed_in_place():
+    block = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.ReLU(inplace=True))
+    run_blocks([block], tokens(), checkpointing="every").sum().backward()
+    output = run_blocks([block], tokens(), checkpointing="selective")
+    with pytest.raises(RuntimeError, match="has been mutated"):
+        output.sum().backward()

@@ -137,7 +137,9 @@ def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool
 
     Raises:
         RuntimeError: in the backward pass, where an input was changed in place since.
-        torch.utils.checkpoint.CheckpointError: in the backward pass, where the block does not compute the same twice.
+        torch.utils.checkpoint.CheckpointError: in the backward pass, where what the block saves for it differs the second time in number,
+            shape, dtype or device; with `selective` a RuntimeError, where other ops run. Other values are not noticed and
+            make wrong gradients: only torch's random numbers are repeated, not those of numpy or `random`.
     """
     checkpointing = Checkpointing.of(checkpointing)
     if not checkpointing or not torch.is_grad_enabled() or not _in_training(block):
