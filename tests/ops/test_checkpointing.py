@@ -106,10 +106,28 @@ def test_a_setting_is_a_bool_a_name_or_a_dict(setting, expected):
     ({"policy": "every", "keep": ("matmul",)}, "^checkpointing.keep: only the policy 'selective' keeps"),
     ({"policy": "selective", "keep": ("matmull",)}, "^checkpointing.keep: .* Did you mean 'matmul'"),
     ({"policy": "selective", "keep": ("aten::_sofmax",)}, "^checkpointing.keep: keep takes .*got 'aten::_sofmax'"),
+    ({"policy": "selective", "keep": "aten::__name__"}, "^checkpointing.keep: keep takes .*got 'aten::__name__'"),
+    ({"policy": "selective", "keep": "aten::conv2d"}, "^checkpointing.keep: 'aten::conv2d' is made of other ops.*the group 'convolution'"),
+    ({"policy": "selective", "keep": ["aten::linear"]}, "^checkpointing.keep: 'aten::linear' is made of other ops.*the group 'matmul'"),
+    ({"policy": "selective", "keep": "aten::matmul"}, "^checkpointing.keep: 'aten::matmul' is made of other ops.*the group 'matmul'"),
+    ({"policy": "selective", "keep": "aten::scaled_dot_product_attention"}, "^checkpointing.keep: .*the group 'attention'"),
+    ({"policy": "selective", "keep": "aten::softmax"}, "^checkpointing.keep: 'aten::softmax' is made of other ops.*'aten::_softmax'"),
+    ({"policy": "selective", "keep": 3}, "^checkpointing.keep: keep is a name, or a list of names, .*got 3"),
+    ({"policy": "selective", "keep": [["matmul"]]}, r"^checkpointing.keep: keep takes .*got \['matmul'\]"),
 ])
 def test_a_wrong_setting_is_refused_and_the_nearest_named(setting, message):
     with pytest.raises(ConfigError, match=message):
         Checkpointing.of(setting)
+
+
+def test_a_setting_that_is_built_directly_is_the_same_and_checked():
+    assert Checkpointing("selective") == Checkpointing.of("selective")
+    assert Checkpointing("selective").keep == tuple(GROUPS)
+    assert Checkpointing("selective", "matmul").keep == ("matmul",)
+    with pytest.raises(ConfigError, match="^checkpointing: .*got 'sqr'. Did you mean 'sqrt'"):
+        Checkpointing("sqr")
+    with pytest.raises(ConfigError, match="^checkpointing.keep: only the policy 'selective' keeps"):
+        Checkpointing("every", ("matmul",))
 
 
 # ----------------------------------------------------------------------------------------------------------------- exactness
