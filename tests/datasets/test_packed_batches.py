@@ -230,6 +230,11 @@ def test_a_loader_gives_the_batches_whatever_the_number_of_workers():
     (dict(packer="bestfit!"), r"^packer\.type: no packer named"),
     (dict(packer=dict(type="BestFit", buckets=4)), r"^packer\.buckets: BestFit has no argument 'buckets'"),
     (dict(length=dict(type="ImageToken")), r"^length\.type: no length named 'ImageToken'\. Did you mean 'ImageTokens'"),
+    (dict(length="ImageToken"), r"^length\.type: no length named 'ImageToken'\. Did you mean 'ImageTokens'"),
+    (dict(packer=None), r"^packer: a packer is the name of one, .*; got None"),
+    (dict(packer=dict(type="BestFit", max_tokens=20)), r"^packer\.max_tokens: the limit stands once"),
+    (dict(max_tokens="4096"), r"^max_tokens: .* a whole number; got '4096'"),
+    (dict(max_tokens=99.5), r"^max_tokens: .* a whole number; got 99\.5"),
     (dict(batch_size=0), "batch_size is how many packs"),
     (dict(sampler=DefaultSampler(range(3))), "DrawSampler or an InfiniteDrawSampler, got DefaultSampler"),
     (dict(max_tokens=0), "packer: BestFit: max_tokens is how many tokens"),
@@ -238,6 +243,10 @@ def test_wrong_settings_are_told_with_their_place(change, message):
     config = dict(type="PackedBatchSampler", sampler=DrawSampler(Texts(), seed=0), max_tokens=LIMIT)
     with pytest.raises(ConfigError, match=message):
         SAMPLERS.build({**config, **change})
+
+
+def test_a_length_may_be_a_name_as_a_packer_may():
+    assert told(batches_of(Texts(), length="OwnLength")) == told(batches_of(Texts()))
 
 
 def test_uneven_processes_are_refused(monkeypatch):

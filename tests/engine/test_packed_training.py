@@ -138,6 +138,12 @@ def test_a_batch_sampler_is_checked_before_the_run(toy, change, message):
             more=PACKED.format(sampler="DrawSampler", packer="best_fit"))
 
 
+@pytest.mark.parametrize("key", ["shuffle", "drop_last"])
+def test_what_a_sampler_decides_is_not_asked_of_the_loader(toy, key):
+    with pytest.raises(ConfigError, match=rf"^train_dataloader\.{key}: it is the (batch_)?sampler that decides on this; leave {key} out"):
+        toy("run", f"+train_dataloader.{key}=True", more=PACKED.format(sampler="DrawSampler", packer="best_fit"))
+
+
 def test_packs_are_refused_outside_training(toy, validation):
     """Their epochs are as long as the first pass, and their last step is filled from the next."""
     batch_sampler = "dict(type='PackedBatchSampler', max_tokens=20, length=dict(type='ToyLength')), batch_size"

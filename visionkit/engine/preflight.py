@@ -340,6 +340,9 @@ def build_data(section: Mapping[str, Any], *path: str) -> tuple[Any, Any, Any]:
             dataset.full_init()
     sampler = _build(SAMPLERS, section["sampler"], (*path, "sampler"), dataset=dataset, seed=0)
     batch_sampler = None
+    for key, owner in (("shuffle", "sampler"), ("drop_last", "batch_sampler")):
+        if section.get(key) and section.get(owner):
+            raise ConfigError(f"it is the {owner} that decides on this; leave {key} out", (*path, key))
     if section.get("batch_sampler"):
         if "batch_size" not in section:
             raise ConfigError("a loader needs a `batch_size` also with a `batch_sampler`, which is told it", path)
