@@ -144,6 +144,16 @@ def test_resuming_in_a_later_epoch_loads_nothing_and_holds_for_one_iteration():
         resumed.resume_at(-1)
 
 
+def test_resuming_behind_the_end_of_an_epoch_gives_nothing_and_the_next_is_whole():
+    batches = batches_of(Texts())
+    batches.resume_at(len(batches) + 2)
+    assert told(batches) == []
+    batches.sampler.set_epoch(1)
+    expected = batches_of(Texts())
+    expected.sampler.set_epoch(1)
+    assert told(batches) == told(expected)
+
+
 def test_epochs_in_a_row_are_not_packed_from_the_start(monkeypatch):
     batches = batches_of(Texts())
     len(batches)

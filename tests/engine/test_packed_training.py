@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from visionkit.datasets import Pack, pack_all
 from visionkit.datasets.packed_batches import Place
 from visionkit.engine import Stopped
-from visionkit.engine.loops import same_images
+from visionkit.engine.loops import EpochLoop, same_images
 from visionkit.engine.packing import PackingHook, report_packs
 from visionkit.registry import PACKERS, ConfigError
 
@@ -120,6 +121,38 @@ def test_the_hook_compares_processes(monkeypatch):
     hook.tokens, hook.batches = [10, 10], SimpleNamespace(batch_size=1, max_tokens=10)
     hook.after_train_epoch(SimpleNamespace(logger=SimpleNamespace(info=lines.append)))
     assert lines == ["packs: 35 tokens in 2 steps, 87.5% full; processes wait 12.5% of a step for the one with most tokens"]
+
+
+def test_the_hook_says_nothing_of_an_epoch_without_steps():
+    """As where a run resumes behind the last step of an epoch."""
+    lines = []
+    hook = PackingHook()
+    hook.batches = SimpleNamespace(batch_size=1, max_tokens=10)
+    hook.after_train_epoch(SimpleNamespace(logger=SimpleNamespace(info=lines.append)))
+    assert lines == []
+
+
+def test_a_stop_at_the_last_iteration_of_an_epoch_goes_on_with_the_next_epoch(toy, toy_parts):
+    more = PACKED.format(sampler="DrawSampler", packer="best_fit")
+    per_epoch = len(toy("whole", more=more).train_dataloader)
+    seen = list(toy_parts.SEEN)
+    with pytest.raises(Stopped):
+        toy("parts", f"custom_hooks.0={{'type': 'ToyRecorder', 'signal_at': {per_epoch - 1}}}", more=more)
+    before = list(toy_parts.SEEN)
+    runner = toy("parts", more=more, resume=True)
+    assert before + toy_parts.SEEN == seen
+    assert "nan" not in log_of(runner)
+
+
+def test_an_epoch_that_was_longer_then_is_done_now():
+    """14 of 16 batches of 3 packs are more than the 40 packs that an epoch has now: none is left, and the next begins where it should."""
+    loop, info = EpochLoop.__new__(EpochLoop), []
+    then = {"images_per_iter": 3, "iters_per_epoch": 16}
+    loop._iter, loop._epoch, loop.dataloader = 14, 0, DataLoader(range(40), batch_size=1)
+    loop._runner = SimpleNamespace(message_hub=SimpleNamespace(get_info=lambda key: then), logger=SimpleNamespace(info=info.append))
+    assert loop._batches_done() == 40
+    assert loop._iter == 40
+    assert len(info) == 1
 
 
 def test_the_hook_wants_packs(toy):

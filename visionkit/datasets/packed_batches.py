@@ -110,7 +110,7 @@ class PackedBatchSampler(Sampler[list[Draw]]):
         if isinstance(self.sampler, InfiniteDrawSampler):
             yield from self._batches(skip, None)
         else:
-            yield from self._batches(self.sampler.epoch * len(self) + skip, len(self) - skip)
+            yield from self._batches(self.sampler.epoch * len(self) + skip, max(0, len(self) - skip))
 
     def _batches(self, first: int, number: int | None) -> Iterator[list[Draw]]:
         step = self.batch_size * self.sampler.world_size     # packs that all processes take together

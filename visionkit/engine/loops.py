@@ -117,7 +117,7 @@ class EpochLoop(EpochBasedTrainLoop):
         then = self.runner.message_hub.get_info("geometry") or now
         done = self._iter - self._epoch * then["iters_per_epoch"]
         if then != now and self._iter:
-            done = same_images(done, then, now)
+            done = min(same_images(done, then, now), now["iters_per_epoch"])     # rounded up, an epoch may have been longer then
             old, self._iter = self._iter, self._epoch * now["iters_per_epoch"] + done
             self.runner.logger.info(f"the checkpoint's iterations have {_iteration(then)} and its epochs {then['iters_per_epoch']} "
                                     f"iterations; here they have {_iteration(now)} and {now['iters_per_epoch']}, so iteration {old} there "
