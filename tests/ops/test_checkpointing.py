@@ -237,13 +237,20 @@ class Pack:
     lengths: tuple = (3, 5)
 
 
-def test_tensors_of_a_dataclass_are_kept_and_watched_as_others_are():
+@dataclass(slots=True)
+class SlottedPack:
+    tokens: torch.Tensor
+    lengths: tuple = (3, 5)
+
+
+@pytest.mark.parametrize("kind", [Pack, SlottedPack])
+def test_tensors_of_a_dataclass_are_kept_and_watched_as_others_are(kind):
     block = Block()
 
     def on_pack(pack):
-        return Pack(block(pack.tokens), pack.lengths)
+        return kind(block(pack.tokens), pack.lengths)
 
-    pack = Pack(tokens() * 1)
+    pack = kind(tokens() * 1)
     run = functools.partial(run_blocks, [on_pack, on_pack], pack, checkpointing="every")
     held, output = held_by(run, block.parameters())
     assert held == 2 * pack.tokens.nbytes

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool
         return block(*inputs, **keywords)
     leaves, form = tree_flatten((inputs, keywords))          # so that torch sees all tensors: their devices, and changes in place
     inside = [tensor for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)
-              for tensor in tree_leaves(vars(leaf)) if isinstance(tensor, torch.Tensor)]
+              for tensor in tree_leaves([getattr(leaf, field.name) for field in fields(leaf)]) if isinstance(tensor, torch.Tensor)]
 
     def call(*leaves_and_inside: Any) -> Any:
         positional, named = tree_unflatten(list(leaves_and_inside[:len(leaves)]), form)
