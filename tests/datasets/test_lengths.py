@@ -1,9 +1,11 @@
 """Lengths without images: what is told is what the pipeline gives."""
+import random
 import time
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
 
 from visionkit.datasets import (
@@ -60,15 +62,19 @@ def test_the_size_that_is_told_is_the_size_that_is_loaded(transforms):
     data = shapes(*transforms)
     draws = [Draw(index, seed=1000 + index) for index in range(6)]
     assert data.output_sizes(draws) == [loaded(data, draw) for draw in draws]
-    random = any(getattr(transform, "random_size", False) for transform in data.pipeline.transforms)
-    assert ImageTokens().varies(data) == random == (len(set(data.output_sizes(Draw(0, seed) for seed in range(20)))) > 1)
+    drawn = any(getattr(transform, "random_size", False) for transform in data.pipeline.transforms)
+    assert ImageTokens().varies(data) == drawn == (len(set(data.output_sizes(Draw(0, seed) for seed in range(20)))) > 1)
 
 
-def test_lengths_leave_the_generators_alone():
-    data = shapes(ANY_SIZE)
-    state = np.random.get_state()[1].copy()
-    data.output_sizes([Draw(0, seed=1)])
-    assert (np.random.get_state()[1] == state).all()
+@pytest.mark.parametrize("transform", [ANY_SIZE, dict(type="RandomFlip", prob=0.5), dict(type="Resize", scale_factor=(0.5, 1.3))],
+                         ids=["any size", "flip", "factors"])
+def test_lengths_leave_the_generators_alone(transform):
+    data = shapes(transform)
+    states = np.random.get_state(), random.getstate(), torch.get_rng_state()
+    data.output_sizes([Draw(0, seed=1), 1])
+    np.testing.assert_equal(np.random.get_state(), states[0])
+    assert random.getstate() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
 
 
 def test_a_size_that_cannot_be_known_is_an_error_that_says_what_to_do():

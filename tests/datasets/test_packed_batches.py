@@ -8,6 +8,7 @@ from mmengine.dataset import DefaultSampler
 from torch.utils.data import DataLoader
 
 from visionkit.datasets import DrawSampler, InfiniteDrawSampler, PackedBatchSampler, sampler
+from visionkit.engine.loops import same_images
 from visionkit.registry import SAMPLERS, ConfigError
 
 LIMIT = 100
@@ -117,6 +118,18 @@ def test_resuming_goes_on_with_the_very_next_pack(kind, data, packer):
         assert told(islice(resumed, 12 - stop)) == whole[stop:]
 
 
+@pytest.mark.parametrize("epochs, first_pack", [(0, 3), (1, 16 + 3), (10, 10 * 16 + 3)], ids=["first", "second", "eleventh"])
+def test_with_other_packs_a_batch_the_first_epoch_goes_on_at_the_same_pack_and_later_ones_nearby(epochs, first_pack):
+    """A pass of 16 packs is 6 batches of 3 packs, so each epoch had 2 packs more than with one pack a batch."""
+    then, now = batches_of(Texts(), batch_size=3), batches_of(Texts())
+    assert (len(then), len(now)) == (6, 16)
+    now.sampler.set_epoch(epochs)
+    now.resume_at(same_images(1, *({"images_per_iter": some.batch_size, "iters_per_epoch": len(some)} for some in (then, now))))
+    expected = next(islice(now.packs(epochs=None), first_pack, None))
+    assert [int(draw) for draw in next(iter(now))] == [place.index for place in expected.items]
+    assert 0 <= epochs * 6 * 3 + 3 - first_pack < max(1, epochs * 3)       # what docs/data.md says: fewer an epoch than the larger step has
+
+
 def test_resuming_in_a_later_epoch_loads_nothing_and_holds_for_one_iteration():
     uninterrupted, resumed = batches_of(Texts()), batches_of(Texts())
     for epoch in range(4):
@@ -129,6 +142,16 @@ def test_resuming_in_a_later_epoch_loads_nothing_and_holds_for_one_iteration():
     assert resumed.sampler.dataset.asked == 50               # once a sample, whatever was packed again
     with pytest.raises(ValueError, match="from 0 on, got -1"):
         resumed.resume_at(-1)
+
+
+def test_resuming_behind_the_end_of_an_epoch_gives_nothing_and_the_next_is_whole():
+    batches = batches_of(Texts())
+    batches.resume_at(len(batches) + 2)
+    assert told(batches) == []
+    batches.sampler.set_epoch(1)
+    expected = batches_of(Texts())
+    expected.sampler.set_epoch(1)
+    assert told(batches) == told(expected)
 
 
 def test_epochs_in_a_row_are_not_packed_from_the_start(monkeypatch):
@@ -217,6 +240,11 @@ def test_a_loader_gives_the_batches_whatever_the_number_of_workers():
     (dict(packer="bestfit!"), r"^packer\.type: no packer named"),
     (dict(packer=dict(type="BestFit", buckets=4)), r"^packer\.buckets: BestFit has no argument 'buckets'"),
     (dict(length=dict(type="ImageToken")), r"^length\.type: no length named 'ImageToken'\. Did you mean 'ImageTokens'"),
+    (dict(length="ImageToken"), r"^length\.type: no length named 'ImageToken'\. Did you mean 'ImageTokens'"),
+    (dict(packer=None), r"^packer: a packer is the name of one, .*; got None"),
+    (dict(packer=dict(type="BestFit", max_tokens=20)), r"^packer\.max_tokens: the limit stands once"),
+    (dict(max_tokens="4096"), r"^max_tokens: .* a whole number; got '4096'"),
+    (dict(max_tokens=99.5), r"^max_tokens: .* a whole number; got 99\.5"),
     (dict(batch_size=0), "batch_size is how many packs"),
     (dict(sampler=DefaultSampler(range(3))), "DrawSampler or an InfiniteDrawSampler, got DefaultSampler"),
     (dict(max_tokens=0), "packer: BestFit: max_tokens is how many tokens"),
@@ -225,6 +253,10 @@ def test_wrong_settings_are_told_with_their_place(change, message):
     config = dict(type="PackedBatchSampler", sampler=DrawSampler(Texts(), seed=0), max_tokens=LIMIT)
     with pytest.raises(ConfigError, match=message):
         SAMPLERS.build({**config, **change})
+
+
+def test_a_length_may_be_a_name_as_a_packer_may():
+    assert told(batches_of(Texts(), length="OwnLength")) == told(batches_of(Texts()))
 
 
 def test_uneven_processes_are_refused(monkeypatch):

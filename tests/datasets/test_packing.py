@@ -1,6 +1,7 @@
 """Packers: against slow packers that are written from the description alone, and the laws of packing."""
 import copy
 import json
+import random
 
 import numpy as np
 import pytest
@@ -48,30 +49,35 @@ def slow_balanced(lengths, limit, buckets=8, iterations=200, gain=1):
             opened[rooms.index(min(fitting))].append(new)
             continue
         if len(opened) == buckets:
-            for _ in range(iterations):
-                if not slow_improve(opened, limit, gain):
-                    break
+            slow_balance(opened, limit, iterations, gain)
             done.append(opened.pop(0))
         opened.append([new])
+    slow_balance(opened, limit, iterations, gain)
     return done + opened
 
 
+def slow_balance(opened, limit, iterations, gain):
+    for _ in range(iterations):
+        if not slow_improve(opened, limit, gain):
+            return
+
+
 def slow_improve(opened, limit, min_gain):
-    """One move or one exchange between the longest and the shortest bucket; tries every one."""
+    """One move or one exchange between the longest and the shortest bucket; tries every one, and takes the first of the best."""
     sums = [sum(bucket) for bucket in opened]
     longest, shortest = opened[sums.index(max(sums))], opened[sums.index(min(sums))]
     gap = sum(longest) - sum(shortest)
+    if gap <= min_gain:
+        return False
     moves = [(abs(gap - 2 * a), i) for i, a in enumerate(longest) if abs(gap - 2 * a) < gap and sum(shortest) + a <= limit]
     if moves:
         shortest.append(longest.pop(min(moves)[1]))
         return True
-    swaps = [(abs(gap - 2 * (a - b)), j, a, i) for j, b in enumerate(shortest) for i, a in enumerate(longest)
+    swaps = [(abs(gap - 2 * (a - b)), i, j) for i, a in enumerate(longest) for j, b in enumerate(shortest)
              if gap - abs(gap - 2 * (a - b)) > min_gain]
     if swaps:
-        _, j, _, i = min(swaps)
-        a, b = longest.pop(i), shortest.pop(j)
-        longest.append(b)
-        shortest.append(a)
+        _, i, j = min(swaps)
+        longest[i], shortest[j] = shortest[j], longest[i]
     return bool(swaps)
 
 
@@ -103,17 +109,25 @@ def test_packs_are_those_of_the_description(kind, stream, seed):
         assert pack.tokens == sum(pack.lengths) <= limit
 
 
-@pytest.mark.parametrize("kind, fill", [(NextFit, 0.788), (BestFit, 0.955), (Balanced, 0.880)], ids=["next-fit", "best-fit", "balanced"])
-def test_fill_is_that_of_the_specification(kind, fill):
-    """Spec 6, (a): 200 lengths of 5 to 60 in packs of 100 gave 86 packs (fill 0.788), 71 (0.955) and 77 (0.880) with one unknown seed.
-    Measured over 100 seeds, mean and standard deviation: 0.793 +- 0.016, 0.945 +- 0.010, 0.878 +- 0.012."""
-    draw, limit = STREAMS["uniform"]
-    fills = []
-    for seed in range(100):
-        lengths = draw(np.random.default_rng(seed)).tolist()
-        fills.append(sum(lengths) / limit / len(packed(kind(limit), lengths)))
-    assert abs(np.mean(fills) - fill) < 1.5 * np.std(fills)
-    assert np.std(fills) < 0.02
+@pytest.mark.parametrize("kind, number", [(NextFit, 86), (BestFit, 71), (Balanced, 77)], ids=["next-fit", "best-fit", "balanced"])
+def test_the_run_of_the_specification_gives_as_many_packs(kind, number):
+    """Spec 6, (a): 200 lengths of 5 to 60 in packs of 100."""
+    rng = random.Random(0)
+    assert len(packed(kind(100), [rng.randint(5, 60) for _ in range(200)])) == number
+
+
+def test_balanced_packs_are_those_of_the_package():
+    """Spec 6, (g) 1: what lmms-engine 0.1.4 gives for 40 lengths; over 500 streams of four kinds and five settings it gives the same packs
+    as ours, sample by sample."""
+    rng = random.Random(4)
+    packs = packed(Balanced(60, num_buckets=4), [rng.randint(1, 30) for _ in range(40)])
+    assert [pack.lengths for pack in packs] == [
+        [8, 10, 4, 24, 13], [16, 5, 3, 3, 17, 10], [30, 18, 8], [25, 25, 4], [18, 12, 9, 13], [26, 27, 1], [9, 9, 30, 1], [27, 21, 6],
+        [26, 26, 2], [9, 7, 10, 10, 7, 6]]
+
+
+def test_balanced_evens_out_what_is_open_at_the_end():
+    assert [pack.items for pack in packed(Balanced(20), [9, 8, 3, 2, 2])] == [[0, 2], [3, 4, 1]]         # 12 and 12, not 20 and 4
 
 
 def test_best_fit_fills_packs_of_images_to_95_percent():
@@ -127,7 +141,7 @@ def test_best_fit_fills_packs_of_images_to_95_percent():
 
 
 def test_balanced_packs_are_more_alike_than_those_of_the_others():
-    """The standard deviation of the tokens of a pack, those flushed at the end aside: 6.6 % of the limit measured, best-fit 7.7 %, next-fit
+    """The standard deviation of the tokens of a pack, those flushed at the end aside: 5.5 % of the limit measured, best-fit 7.7 %, next-fit
     15.1 %."""
     lengths = STREAMS["uniform"][0](np.random.default_rng(1)).tolist() * 10
     spread = {kind: np.std([pack.tokens for pack in packed(kind(100), lengths)[:-8]]) for kind in SLOW}

@@ -52,6 +52,8 @@ def model():
 @pytest.mark.parametrize("names, message", [
     (["backbon"], "^activation_checkpointing: ModuleDict has no part 'backbon'. Did you mean 'backbone'"),
     ("backbone.layer1.0", "is a part of a ResNet, which has a switch of its own: its argument checkpointing"),
+    (5, "^activation_checkpointing: this is the name of a part of the model, or a list of names .*got 5"),
+    ([["backbone"]], r"^activation_checkpointing: .*got \[\['backbone'\]\]"),
     ("layers", "'layers' is a ModuleList, which is not run itself; name what is in it: layers.0"),
 ])
 def test_parts_that_cannot_be_computed_again_are_refused(names, message):

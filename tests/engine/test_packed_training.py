@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from visionkit.datasets import Pack, pack_all
 from visionkit.datasets.packed_batches import Place
 from visionkit.engine import Stopped
-from visionkit.engine.loops import same_images
+from visionkit.engine.loops import EpochLoop, same_images
 from visionkit.engine.packing import PackingHook, report_packs
 from visionkit.registry import PACKERS, ConfigError
 
@@ -74,7 +75,7 @@ def test_an_epoch_has_the_iterations_that_its_packs_need_and_the_schedule_knows(
     assert set(times.values()) <= {1, 2, 3}                  # two passes, up to the packs by which they differ
 
 
-def test_another_world_size_resumes_at_the_same_pack_and_other_packs_at_about_the_same_image():
+def test_another_world_size_resumes_at_the_same_pack_of_the_epoch_and_other_packs_at_about_the_same_image():
     """What an iteration is when packs are dealt to 2 processes, or hold twice as much."""
     then = {"images_per_iter": 1, "iters_per_epoch": 40, "packing": "small"}
     assert same_images(30, then, {"images_per_iter": 2, "iters_per_epoch": 20, "packing": "small"}) == 15
@@ -122,6 +123,38 @@ def test_the_hook_compares_processes(monkeypatch):
     assert lines == ["packs: 35 tokens in 2 steps, 87.5% full; processes wait 12.5% of a step for the one with most tokens"]
 
 
+def test_the_hook_says_nothing_of_an_epoch_without_steps():
+    """As where a run resumes behind the last step of an epoch."""
+    lines = []
+    hook = PackingHook()
+    hook.batches = SimpleNamespace(batch_size=1, max_tokens=10)
+    hook.after_train_epoch(SimpleNamespace(logger=SimpleNamespace(info=lines.append)))
+    assert lines == []
+
+
+def test_a_stop_at_the_last_iteration_of_an_epoch_goes_on_with_the_next_epoch(toy, toy_parts):
+    more = PACKED.format(sampler="DrawSampler", packer="best_fit")
+    per_epoch = len(toy("whole", more=more).train_dataloader)
+    seen = list(toy_parts.SEEN)
+    with pytest.raises(Stopped):
+        toy("parts", f"custom_hooks.0={{'type': 'ToyRecorder', 'signal_at': {per_epoch - 1}}}", more=more)
+    before = list(toy_parts.SEEN)
+    runner = toy("parts", more=more, resume=True)
+    assert before + toy_parts.SEEN == seen
+    assert "nan" not in log_of(runner)
+
+
+def test_an_epoch_that_was_longer_then_is_done_now():
+    """14 of 16 batches of 3 packs are more than the 40 packs that an epoch has now: none is left, and the next begins where it should."""
+    loop, info = EpochLoop.__new__(EpochLoop), []
+    then = {"images_per_iter": 3, "iters_per_epoch": 16}
+    loop._iter, loop._epoch, loop.dataloader = 14, 0, DataLoader(range(40), batch_size=1)
+    loop._runner = SimpleNamespace(message_hub=SimpleNamespace(get_info=lambda key: then), logger=SimpleNamespace(info=info.append))
+    assert loop._batches_done() == 40
+    assert loop._iter == 40
+    assert len(info) == 1
+
+
 def test_the_hook_wants_packs(toy):
     with pytest.raises(ConfigError, match="custom_hooks: a PackingHook looks at the batches of a PackedBatchSampler"):
         toy("run", "custom_hooks=[{'type': 'PackingHook'}]")
@@ -136,6 +169,26 @@ def test_a_batch_sampler_is_checked_before_the_run(toy, change, message):
     with pytest.raises(ConfigError, match=rf"train_dataloader\.batch_sampler\.{message}"):
         toy("run", f"train_dataloader.batch_sampler.{change}", "+train_dataloader.batch_sampler.filter_overlong=True",
             more=PACKED.format(sampler="DrawSampler", packer="best_fit"))
+
+
+@pytest.mark.parametrize("key", ["shuffle", "drop_last"])
+def test_what_a_sampler_decides_is_not_asked_of_the_loader(toy, key):
+    with pytest.raises(ConfigError, match=rf"^train_dataloader\.{key}: it is the (batch_)?sampler that decides on this; leave {key} out"):
+        toy("run", f"+train_dataloader.{key}=True", more=PACKED.format(sampler="DrawSampler", packer="best_fit"))
+
+
+def test_packs_are_refused_outside_training(toy, validation):
+    """Their epochs are as long as the first pass, and their last step is filled from the next."""
+    batch_sampler = "dict(type='PackedBatchSampler', max_tokens=20, length=dict(type='ToyLength')), batch_size"
+    with pytest.raises(ConfigError, match=r"^val_dataloader\.batch_sampler: packs are for training: .* leave the batch_sampler out"):
+        toy("run", more=validation.replace("batch_size", f"batch_sampler={batch_sampler}", 1))
+
+
+@pytest.mark.parametrize("sampler", ["InfiniteDrawSampler", "InfiniteSampler"])
+@pytest.mark.parametrize("loop", ["type='EpochLoop'", "by_epoch=True"], ids=["named", "default"])
+def test_epochs_that_would_not_end_are_refused(toy, sampler, loop):
+    with pytest.raises(ConfigError, match=rf"^train_dataloader\.sampler: {sampler} never comes to the end of an epoch, which EpochLoop"):
+        toy("run", more=f"train_cfg = dict(_delete_=True, max_epochs=1, {loop})\ntrain_dataloader = dict(sampler=dict(type={sampler!r}))")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the report
@@ -166,10 +219,10 @@ def test_the_shift_counts_places_among_the_samples_that_are_there():
     assert report_packs("by hand", packs, 10, 1, 4).shift == (2 + 1 + 1 + 0) / 4
 
 
-@pytest.mark.parametrize("packer, shift", [("next_fit", 0.0), ("best_fit", 5.0), ("balanced", 7.2)])
+@pytest.mark.parametrize("packer, shift", [("next_fit", 0.0), ("best_fit", 5.0), ("balanced", 6.9)])
 def test_the_order_of_packs_does_not_put_long_samples_first_or_last(packer, shift):
     """Spec 6, (e): 4000 samples of 5 to 60 tokens, packs of 100, two seeds. Samples come a few places from where they were drawn
-    (next-fit 0, best-fit 5.0, balanced 7.0 measured). The mean length in the first half of the packs over that in the second is that of
+    (next-fit 0, best-fit 5.0, balanced 6.9 measured). The mean length in the first half of the packs over that in the second is that of
     the stream itself, to 0.5 % (measured 0.5 %). What does depend on length is what shares a pack: a mean over packs of means over
     samples counts long samples for 1.10, 1.08 and 1.07 times their length."""
     for seed in range(2):

@@ -106,10 +106,28 @@ def test_a_setting_is_a_bool_a_name_or_a_dict(setting, expected):
     ({"policy": "every", "keep": ("matmul",)}, "^checkpointing.keep: only the policy 'selective' keeps"),
     ({"policy": "selective", "keep": ("matmull",)}, "^checkpointing.keep: .* Did you mean 'matmul'"),
     ({"policy": "selective", "keep": ("aten::_sofmax",)}, "^checkpointing.keep: keep takes .*got 'aten::_sofmax'"),
+    ({"policy": "selective", "keep": "aten::__name__"}, "^checkpointing.keep: keep takes .*got 'aten::__name__'"),
+    ({"policy": "selective", "keep": "aten::conv2d"}, "^checkpointing.keep: 'aten::conv2d' is made of other ops.*the group 'convolution'"),
+    ({"policy": "selective", "keep": ["aten::linear"]}, "^checkpointing.keep: 'aten::linear' is made of other ops.*the group 'matmul'"),
+    ({"policy": "selective", "keep": "aten::matmul"}, "^checkpointing.keep: 'aten::matmul' is made of other ops.*the group 'matmul'"),
+    ({"policy": "selective", "keep": "aten::scaled_dot_product_attention"}, "^checkpointing.keep: .*the group 'attention'"),
+    ({"policy": "selective", "keep": "aten::softmax"}, "^checkpointing.keep: 'aten::softmax' is made of other ops.*'aten::_softmax'"),
+    ({"policy": "selective", "keep": 3}, "^checkpointing.keep: keep is a name, or a list of names, .*got 3"),
+    ({"policy": "selective", "keep": [["matmul"]]}, r"^checkpointing.keep: keep takes .*got \['matmul'\]"),
 ])
 def test_a_wrong_setting_is_refused_and_the_nearest_named(setting, message):
     with pytest.raises(ConfigError, match=message):
         Checkpointing.of(setting)
+
+
+def test_a_setting_that_is_built_directly_is_the_same_and_checked():
+    assert Checkpointing("selective") == Checkpointing.of("selective")
+    assert Checkpointing("selective").keep == tuple(GROUPS)
+    assert Checkpointing("selective", "matmul").keep == ("matmul",)
+    with pytest.raises(ConfigError, match="^checkpointing: .*got 'sqr'. Did you mean 'sqrt'"):
+        Checkpointing("sqr")
+    with pytest.raises(ConfigError, match="^checkpointing.keep: only the policy 'selective' keeps"):
+        Checkpointing("every", ("matmul",))
 
 
 # ----------------------------------------------------------------------------------------------------------------- exactness
@@ -219,13 +237,20 @@ class Pack:
     lengths: tuple = (3, 5)
 
 
-def test_tensors_of_a_dataclass_are_kept_and_watched_as_others_are():
+@dataclass(slots=True)
+class SlottedPack:
+    tokens: torch.Tensor
+    lengths: tuple = (3, 5)
+
+
+@pytest.mark.parametrize("kind", [Pack, SlottedPack])
+def test_tensors_of_a_dataclass_are_kept_and_watched_as_others_are(kind):
     block = Block()
 
     def on_pack(pack):
-        return Pack(block(pack.tokens), pack.lengths)
+        return kind(block(pack.tokens), pack.lengths)
 
-    pack = Pack(tokens() * 1)
+    pack = kind(tokens() * 1)
     run = functools.partial(run_blocks, [on_pack, on_pack], pack, checkpointing="every")
     held, output = held_by(run, block.parameters())
     assert held == 2 * pack.tokens.nbytes
@@ -504,4 +529,42 @@ def test_a_block_that_computes_something_else_the_second_time_is_an_error(policy
     blocks = nn.ModuleList([Fickle(), Block()])
     output = run_blocks(blocks, tokens(), checkpointing=policy)
     with pytest.raises(CheckpointError, match="different number of tensors"):
+        output.sum().backward()
+
+
+class Shifting(nn.Module):
+    """Its second run is on twice as many tokens, or has other numbers."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.linear, self.second, self.runs = nn.Linear(CHANNELS, CHANNELS), second, 0
+
+    def forward(self, x):
+        self.runs += 1
+        return torch.tanh(self.linear(x if self.runs == 1 else self.second(x))).sum(0, keepdim=True)
+
+
+@pytest.mark.parametrize("policy, error, message", [("every", CheckpointError, "have different metadata"),
+                                                    ("selective", RuntimeError, "not found in storage")])
+def test_other_shapes_or_ops_the_second_time_are_an_error(policy, error, message):
+    """Spec 05, checklist 5: another shape of saved tensors; with a selective policy, other ops."""
+    output = run_blocks([Shifting(lambda x: torch.cat([x, x]))], tokens(), checkpointing=policy)
+    with pytest.raises(error, match=message):
+        output.sum().backward()
+
+
+def test_other_values_the_second_time_are_not_noticed():
+    """As `recompute` says: a block has to compute the same twice."""
+    x, found = tokens(), []
+    for policy in ("every", "none"):
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(run_blocks([Shifting(lambda x: x + 1)], x, checkpointing=policy).sum(), x)[0])
+    assert not torch.allclose(*found)
+
+
+def test_what_is_kept_must_not_be_changed_in_place():
+    block = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.ReLU(inplace=True))
+    run_blocks([block], tokens(), checkpointing="every").sum().backward()
+    output = run_blocks([block], tokens(), checkpointing="selective")
+    with pytest.raises(RuntimeError, match="has been mutated"):
         output.sum().backward()

@@ -103,12 +103,11 @@ class Dataset(BaseDataset):
         Raises:
             ConfigError: the records do not tell, or a transform does not.
         """
-        if not self.random_size:
-            return [output_size(self.pipeline, *self.image_size(index)) for index in indices]
         sizes = []
-        with generators_kept():
+        with generators_kept():                              # transforms such as RandomFlip draw, whether or not that makes another size
+            seeds = self.random_size
             for index in indices:
-                if isinstance(index, Draw):
+                if seeds and isinstance(index, Draw):
                     seed_generators(index.seed)
                 sizes.append(output_size(self.pipeline, *self.image_size(index)))
         return sizes

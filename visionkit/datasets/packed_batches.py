@@ -50,8 +50,8 @@ class PackedBatchSampler(Sampler[list[Draw]]):
         sampler: gives the order; the Runner gives it.
         max_tokens: of a pack.
         packer: `next_fit`, `best_fit` or `balanced`, or a packer's config with settings of its own.
-        length: how long a sample is: a config such as `dict(type="ImageTokens")` or a callable (data set, draw); by default the data
-            set's own method `sample_length(index)`.
+        length: how long a sample is: a name or a config such as `dict(type="ImageTokens")`, or a callable (data set, draw); by default
+            the data set's own method `sample_length(index)`.
         batch_size: packs a batch in this process; the loader's setting.
         filter_overlong: leave out samples that are longer than `max_tokens`; otherwise each is a pack of its own, which is above the limit.
 
@@ -60,7 +60,7 @@ class PackedBatchSampler(Sampler[list[Draw]]):
     """
 
     def __init__(self, sampler: DrawSampler | InfiniteDrawSampler, max_tokens: int, packer: str | Mapping[str, Any] = "best_fit",
-                 length: Mapping[str, Any] | Callable[[Any, Draw], int] | None = None, batch_size: int = 1,
+                 length: str | Mapping[str, Any] | Callable[[Any, Draw], int] | None = None, batch_size: int = 1,
                  filter_overlong: bool = False) -> None:
         if not isinstance(sampler, (DrawSampler, InfiniteDrawSampler)):
             raise ConfigError(f"packs are made from the order of a DrawSampler or an InfiniteDrawSampler, got {type(sampler).__name__}",
@@ -69,6 +69,13 @@ class PackedBatchSampler(Sampler[list[Draw]]):
             raise ConfigError(f"batch_size is how many packs a batch holds, 1 or more; got {batch_size}", ("batch_size",))
         if not getattr(sampler, "round_up", True) and sampler.world_size > 1:
             raise ConfigError("packs are dealt out evenly, and round_up=False asks for the opposite; leave it out", ("sampler", "round_up"))
+        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
+            raise ConfigError(f"max_tokens is how many tokens a pack holds at most, a whole number; got {max_tokens!r}", ("max_tokens",))
+        if not isinstance(packer, (str, Mapping)):
+            raise ConfigError(f"a packer is the name of one, such as 'best_fit', or its config; got {packer!r}", ("packer",))
+        if isinstance(packer, Mapping) and "max_tokens" in packer:
+            raise ConfigError("the limit stands once, in the batch sampler's own max_tokens; leave it out here", ("packer", "max_tokens"))
+        length = {"type": length} if isinstance(length, str) else length
         self.sampler, self.batch_size, self.max_tokens, self.filter_overlong = sampler, batch_size, max_tokens, filter_overlong
         self.packer = {"type": packer} if isinstance(packer, str) else packer
         self._packer()                                       # a wrong setting shows now
@@ -103,7 +110,7 @@ class PackedBatchSampler(Sampler[list[Draw]]):
         if isinstance(self.sampler, InfiniteDrawSampler):
             yield from self._batches(skip, None)
         else:
-            yield from self._batches(self.sampler.epoch * len(self) + skip, len(self) - skip)
+            yield from self._batches(self.sampler.epoch * len(self) + skip, max(0, len(self) - skip))
 
     def _batches(self, first: int, number: int | None) -> Iterator[list[Draw]]:
         step = self.batch_size * self.sampler.world_size     # packs that all processes take together

@@ -141,13 +141,13 @@ class BestFit(Packer):
 class Balanced(Packer):
     """Several open packs that are kept about as full as each other, for steps and processes that take equally long. A sample goes where the
     least room is left that it fits in; when it fits nowhere, samples move between the longest and the shortest pack until that no longer
-    helps, and the oldest is done.
+    helps, and the oldest is done. Before all that are open are given out, they are evened out in the same way.
 
     Args:
         max_tokens: of a pack.
         num_buckets: packs that are open at most.
-        max_swap_iters: moves and exchanges of samples, each time a pack is done.
-        min_gain: tokens by which an exchange of two samples must narrow the gap between two packs, and more.
+        max_swap_iters: moves and exchanges of samples, each time packs are done.
+        min_gain: an exchange of two samples must narrow the gap between two packs by more tokens than these; a gap of so many is left.
     """
 
     def __init__(self, max_tokens: int, num_buckets: int = 8, max_swap_iters: int = 200, min_gain: int = 1) -> None:
@@ -169,9 +169,15 @@ class Balanced(Packer):
         self.open.append(Pack([item], [length], length))
         return done
 
+    def flush(self) -> list[Pack]:
+        self._balance()
+        return super().flush()
+
     def _balance(self) -> None:
-        for _ in range(self.max_swap_iters):
+        for _ in range(self.max_swap_iters if self.open else 0):
             longest, shortest = max(self.open, key=lambda pack: pack.tokens), min(self.open, key=lambda pack: pack.tokens)
+            if longest.tokens - shortest.tokens <= self.min_gain:
+                return
             if not (self._move(longest, shortest) or self._exchange(longest, shortest)):
                 return
 
@@ -186,21 +192,22 @@ class Balanced(Packer):
         return True
 
     def _exchange(self, longest: Pack, shortest: Pack) -> bool:
-        """Exchange the two samples whose lengths differ by the nearest to half of the gap."""
+        """Exchange the two samples whose lengths differ by the nearest to half of the gap, each taking the other's place in its pack; of
+        equal pairs the one that comes first in the longest pack, then in the shortest."""
         gap = longest.tokens - shortest.tokens
-        givers = sorted(range(len(longest)), key=longest.lengths.__getitem__)
+        givers = sorted(range(len(longest)), key=longest.lengths.__getitem__)    # of equally long ones the first stays first
         lengths = [longest.lengths[place] for place in givers]
-        best, pair = gap - self.min_gain, None
+        pairs = []                                           # (the gap that would be left, place in the longest, place in the shortest)
         for other, length in enumerate(shortest.lengths):
-            near = bisect_left(lengths, length + gap / 2)
-            for i in (near - 1, near):
-                if 0 <= i < len(lengths) and abs(gap - 2 * (lengths[i] - length)) < best:
-                    best, pair = abs(gap - 2 * (lengths[i] - length)), (givers[i], other)
-        if pair is None:
+            above = bisect_left(lengths, length + gap / 2)
+            below = bisect_left(lengths, lengths[above - 1]) if above else above
+            pairs += [(abs(gap - 2 * (lengths[i] - length)), givers[i], other) for i in (below, above) if i < len(lengths)]
+        left, mine, other = min(pairs)
+        if left + self.min_gain >= gap:
             return False
-        given, taken = longest.take(pair[0]), shortest.take(pair[1])
-        longest.add(*taken)
-        shortest.add(*given)
+        for ours, theirs in ((longest.items, shortest.items), (longest.lengths, shortest.lengths)):
+            ours[mine], theirs[other] = theirs[other], ours[mine]
+        longest.tokens, shortest.tokens = sum(longest.lengths), sum(shortest.lengths)
         return True
 
 

@@ -32,10 +32,14 @@ def parts_to_recompute(model: nn.Module, names: Sequence[str] | str) -> list[nn.
     """The parts of `model` called `names`, such as `neck` or `roi.hidden.0`.
 
     Raises:
-        ConfigError: there is no such part, it is a list of parts, or what it is part of has a switch of its own.
+        ConfigError: no names; there is no such part, it is a list of parts, or what it is part of has a switch of its own.
     """
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"this is the name of a part of the model, or a list of names such as ['neck', 'roi.hidden.0']; got {names!r}",
+                          (KEY,))
     parts = []
-    for name in [names] if isinstance(names, str) else names:
+    for name in names:
         part = part_of(model, name, at=KEY)
         pieces = name.split(".")
         for cut in range(1, len(pieces)):

@@ -74,7 +74,8 @@ class EpochLoop(EpochBasedTrainLoop):
     """Train epoch by epoch, validating in between.
 
     A run resumes in the middle of an epoch at the next batch, also with another batch size or number of processes: what counts is
-    the images of the epoch that were seen. A validation that a stop cut short is made up for.
+    the images, or packs, of the epoch that were seen. An epoch of packs is whole steps, so with other steps it may begin some packs
+    from where it began before. A validation that a stop cut short is made up for.
 
     Args:
         runner: the runner; it gives itself and the data loader.
@@ -116,7 +117,7 @@ class EpochLoop(EpochBasedTrainLoop):
         then = self.runner.message_hub.get_info("geometry") or now
         done = self._iter - self._epoch * then["iters_per_epoch"]
         if then != now and self._iter:
-            done = same_images(done, then, now)
+            done = min(same_images(done, then, now), now["iters_per_epoch"])     # rounded up, an epoch may have been longer then
             old, self._iter = self._iter, self._epoch * now["iters_per_epoch"] + done
             self.runner.logger.info(f"the checkpoint's iterations have {_iteration(then)} and its epochs {then['iters_per_epoch']} "
                                     f"iterations; here they have {_iteration(now)} and {now['iters_per_epoch']}, so iteration {old} there "

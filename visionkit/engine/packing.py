@@ -141,6 +141,8 @@ class PackingHook(Hook):
                                   f"images of other sizes than its transforms tell, or an image that cannot be read was replaced")
 
     def after_train_epoch(self, runner: Runner) -> None:
+        if not self.tokens:                                  # resumed behind the last step of an epoch
+            return
         steps = np.array(all_gather_object(self.tokens)).T   # [steps, processes]
         room = self.batches.batch_size * self.batches.max_tokens
         runner.logger.info(f"packs: {steps.sum()} tokens in {len(steps)} steps, {steps.mean() / room:.1%} full; processes wait "

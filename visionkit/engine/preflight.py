@@ -15,15 +15,17 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS as ROOT_SCHEDULERS
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from visionkit.datasets.sampler import seeded
+from visionkit.datasets.packed_batches import PackedBatchSampler
+from visionkit.datasets.sampler import InfiniteDrawSampler, seeded
 from visionkit.engine.activation_checkpointing import parts_to_recompute
 from visionkit.engine.checkpoint import part_of
 from visionkit.registry import (
@@ -111,6 +113,7 @@ def preflight(cfg: Config, training: bool = True) -> None:
         classes: dict[Path, tuple[str, ...]] = {}
         for path, section in _loaders(cfg, training):
             dataset, sampler, batch_sampler = build_data(section, *path)
+            check_batches(cfg, sampler, batch_sampler, path)
             check_data(dataset, (*path, "dataset"), training=path == ("train_dataloader",))
             load_first(dataset, sampler, (*path, "dataset"))
             if path == ("train_dataloader",):
@@ -337,6 +340,9 @@ def build_data(section: Mapping[str, Any], *path: str) -> tuple[Any, Any, Any]:
             dataset.full_init()
     sampler = _build(SAMPLERS, section["sampler"], (*path, "sampler"), dataset=dataset, seed=0)
     batch_sampler = None
+    for key, owner in (("shuffle", "sampler"), ("drop_last", "batch_sampler")):
+        if section.get(key) and section.get(owner):
+            raise ConfigError(f"it is the {owner} that decides on this; leave {key} out", (*path, key))
     if section.get("batch_sampler"):
         if "batch_size" not in section:
             raise ConfigError("a loader needs a `batch_size` also with a `batch_sampler`, which is told it", path)
@@ -345,6 +351,20 @@ def build_data(section: Mapping[str, Any], *path: str) -> tuple[Any, Any, Any]:
     with _at(*path):                                         # number of workers, prefetching, ...: torch's own checks
         Runner.build_dataloader({**section, "dataset": range(8), "sampler": None, "batch_sampler": None})
     return dataset, sampler, batch_sampler
+
+
+def check_batches(cfg: Mapping[str, Any], sampler: Any, batch_sampler: Any, path: Path) -> None:
+    """Only training takes packs, and by epochs only from a sampler that comes to an end."""
+    if path != ("train_dataloader",):
+        if isinstance(batch_sampler, PackedBatchSampler):
+            raise ConfigError("packs are for training: their last step is filled from the next pass, so that a score would count some "
+                              "images twice; leave the batch_sampler out, a plain batch holds images of any size", (*path, "batch_sampler"))
+        return
+    loop = _with_default_type("train_cfg", cfg.get("train_cfg") or {}).get("type")
+    loop = LOOPS.get(loop) if isinstance(loop, str) else loop
+    if inspect.isclass(loop) and issubclass(loop, EpochBasedTrainLoop) and isinstance(sampler, (InfiniteDrawSampler, InfiniteSampler)):
+        raise ConfigError(f"{type(sampler).__name__} never comes to the end of an epoch, which {loop.__name__} waits for; take a "
+                          f"DrawSampler, or train by iterations: train_cfg=dict(type='IterLoop', max_iters=...)", (*path, "sampler"))
 
 
 def build_schedule(cfg: Config, model: nn.Module, epoch_length: int) -> None:

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -43,11 +43,29 @@ class Checkpointing:
         policy: `none`: all are kept. `every`: the input of each block is kept, and each block runs twice. `sqrt`: the chain is cut into
             about sqrt(n) segments, the input of each is kept, and all but the last segment run twice: what is kept grows with sqrt(n).
             `selective`: as `every`, but the outputs of some ops are kept too, and those ops run once.
-        keep: the ops that `selective` keeps, names of `GROUPS` or of single ops such as `aten::_softmax`; where an op drops out at random,
-            it is computed again all the same, so that the random numbers stay in step.
+        keep: the ops that `selective` keeps, names of `GROUPS` or of single ops such as `aten::_softmax`; None: those of all groups. Where
+            an op drops out at random, it is computed again all the same, so that the random numbers stay in step.
+
+    Raises:
+        ConfigError: an unknown policy; what is no op, or one that is made of others, which alone are run.
     """
     policy: str = "none"
-    keep: tuple[str, ...] = ()
+    keep: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_policy(self.policy, self.policy)
+        keep = (self.keep,) if isinstance(self.keep, str) else self.keep
+        if keep is not None and not isinstance(keep, (list, tuple)):
+            raise ConfigError(f"keep is a name, or a list of names, of {', '.join(GROUPS)} or of ops; got {keep!r}",
+                              ("checkpointing", "keep"))
+        if keep and self.policy != "selective":
+            raise ConfigError(f"only the policy 'selective' keeps the outputs of chosen ops; with {self.policy!r} leave keep={keep!r} out",
+                              ("checkpointing", "keep"))
+        if keep is None:
+            keep = GROUPS if self.policy == "selective" else ()
+        for name in keep:
+            _check_kept(name)
+        object.__setattr__(self, "keep", tuple(keep))        # frozen otherwise
 
     @classmethod
     def of(cls, setting: Checkpointing | bool | str | Mapping | None) -> Checkpointing:
@@ -68,20 +86,8 @@ class Checkpointing:
             if key not in ("policy", "keep"):
                 raise ConfigError(f"checkpointing has no {key!r}.{did_you_mean(key, ('policy', 'keep'))} It takes: policy, keep.",
                                   ("checkpointing", key))
-        policy = given.get("policy")
-        if policy not in POLICIES:
-            raise ConfigError(f"checkpointing is True, False or dict(policy=...) with one of {', '.join(POLICIES)}; got {setting!r}."
-                              f"{did_you_mean(policy, POLICIES) if isinstance(policy, str) else ''}", ("checkpointing",))
-        keep = given.get("keep")
-        if keep is not None and policy != "selective":
-            raise ConfigError(f"only the policy 'selective' keeps the outputs of chosen ops; with {policy!r} leave keep={keep!r} out",
-                              ("checkpointing", "keep"))
-        keep = tuple(GROUPS) if keep is None else (keep,) if isinstance(keep, str) else tuple(keep)
-        for name in keep:
-            if name not in GROUPS and not _is_op(name):
-                raise ConfigError(f"keep takes {', '.join(GROUPS)}, or ops by their full names such as 'aten::_softmax'; got {name!r}."
-                                  f"{did_you_mean(str(name), GROUPS)}", ("checkpointing", "keep"))
-        return cls(policy, keep if policy == "selective" else ())
+        _check_policy(given.get("policy"), setting)
+        return cls(**given)
 
     def __bool__(self) -> bool:
         return self.policy != "none"
@@ -137,14 +143,16 @@ def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool
 
     Raises:
         RuntimeError: in the backward pass, where an input was changed in place since.
-        torch.utils.checkpoint.CheckpointError: in the backward pass, where the block does not compute the same twice.
+        torch.utils.checkpoint.CheckpointError: in the backward pass, where what the block saves for it differs the second time in number,
+            shape, dtype or device; with `selective` a RuntimeError, where other ops run. Other values are not noticed and
+            make wrong gradients: only torch's random numbers are repeated, not those of numpy or `random`.
     """
     checkpointing = Checkpointing.of(checkpointing)
     if not checkpointing or not torch.is_grad_enabled() or not _in_training(block):
         return block(*inputs, **keywords)
     leaves, form = tree_flatten((inputs, keywords))          # so that torch sees all tensors: their devices, and changes in place
     inside = [tensor for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)
-              for tensor in tree_leaves(vars(leaf)) if isinstance(tensor, torch.Tensor)]
+              for tensor in tree_leaves([getattr(leaf, field.name) for field in fields(leaf)]) if isinstance(tensor, torch.Tensor)]
 
     def call(*leaves_and_inside: Any) -> Any:
         positional, named = tree_unflatten(list(leaves_and_inside[:len(leaves)]), form)
@@ -272,6 +280,25 @@ def _draws(op: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bo
     return torch.Tag.nondeterministic_seeded in op.tags
 
 
-def _is_op(name: Any) -> bool:
-    space, colons, op = name.partition("::") if isinstance(name, str) else ("", "", "")
-    return bool(colons and op) and hasattr(getattr(torch.ops, space), op)
+def _check_policy(policy: Any, setting: Any) -> None:
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise ConfigError(f"checkpointing is True, False or dict(policy=...) with one of {', '.join(POLICIES)}; got {setting!r}."
+                          f"{did_you_mean(policy, POLICIES) if isinstance(policy, str) else ''}", ("checkpointing",))
+
+
+def _check_kept(name: Any) -> None:
+    """Refuse what the policy would never see: it is asked for the ops that have a kernel, not for those that are made of them."""
+    if isinstance(name, str) and name in GROUPS:
+        return
+    space, colons, short = name.partition("::") if isinstance(name, str) else ("", "", "")
+    op = getattr(getattr(torch.ops, space), short, None) if colons and short else None
+    if not isinstance(op, torch._ops.OpOverloadPacket):
+        raise ConfigError(f"keep takes {', '.join(GROUPS)}, or ops by their full names such as 'aten::_softmax'; got {name!r}."
+                          f"{did_you_mean(str(name), GROUPS)}", ("checkpointing", "keep"))
+    overloads = [f"{name}.{overload}" if overload != "default" else name for overload in op.overloads() if "out" not in overload]
+    if all(torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CompositeImplicitAutograd") for overload in overloads):
+        group = next((group for part, group in (("conv", "convolution"), ("attention", "attention"), ("linear", "matmul"),
+                                                ("matmul", "matmul"), ("einsum", "matmul")) if part in short), None)
+        raise ConfigError(f"{name!r} is made of other ops, and only those can be kept; "
+                          + (f"take the group {group!r}" if group else "name them, such as 'aten::_softmax' for a softmax"),
+                          ("checkpointing", "keep"))

@@ -3,9 +3,11 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
-from visionkit.models.heads import JigsawHead, RelativePatchHead, RotationHead
+from visionkit.models.heads import ClassificationHead, JigsawHead, RelativePatchHead, RotationHead
 
 
 def test_rotation_is_a_linear_layer_on_the_mean_of_the_map():
@@ -22,6 +24,35 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_puzzles(head):
     labels = torch.tensor([[2, 0]])
     assert head.loss(logits, labels).item() == pytest.approx((math.log(3) - math.log(2 / 4)) / 2)
     assert head.loss(logits[0], labels[0]).item() == pytest.approx((math.log(3) + math.log(2)) / 2)
+
+
+EVERY_HEAD = pytest.mark.parametrize("head", [RotationHead(2), RelativePatchHead(2, 4), JigsawHead(2, 5, 3, 4), ClassificationHead(2, 5),
+                                              ClassificationHead(2, 5, label_smoothing=0.3)], ids=lambda head: type(head).__name__)
+
+
+@EVERY_HEAD
+def test_processes_with_unequally_many_images_learn_as_one_with_all(monkeypatch, head):
+    """DDP averages the gradients of both: a mean of means would count each image of the smaller pack for more."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(7, 5, requires_grad=True), torch.randint(5, (7,))
+    (expected,) = torch.autograd.grad(head.loss(logits, labels), logits)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda total: total.fill_(7))
+    on_ranks = [torch.autograd.grad(head.loss(logits[part], labels[part]), logits)[0] for part in (slice(0, 2), slice(2, 7))]
+    torch.testing.assert_close(sum(on_ranks) / 2, expected)
+
+
+@EVERY_HEAD
+def test_alone_the_loss_is_the_mean_and_of_no_images_it_is_0(head):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(7, 5, requires_grad=True), torch.randint(5, (7,))
+    mean = F.cross_entropy(logits, labels, label_smoothing=getattr(head, "label_smoothing", 0.0))
+    torch.testing.assert_close(head.loss(logits, labels), mean, rtol=1e-6, atol=0)
+    none = head.loss(logits[:0], labels[:0])
+    none.backward()
+    assert none.item() == 0
+    assert (logits.grad == 0).all()
 
 
 def test_relative_patch_is_the_published_stack_in_order():

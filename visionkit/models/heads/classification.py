@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkit.models.layers import global_mean
+from visionkit.models.losses import mean_over_ranks
 from visionkit.registry import HEADS
 from visionkit.structures import PackedSequence
 
@@ -43,5 +44,6 @@ class ClassificationHead(nn.Module):
         return self.linear(self.dropout(global_mean(features, valid)))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy, the mean over the images; `labels` is [B] int64."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        """Cross entropy, the mean over the images of all processes; 0 where there are none. `labels` is [B] int64."""
+        summed = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
+        return summed / mean_over_ranks(labels.numel(), logits.device)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionkit.models.losses import mean_over_ranks
 from visionkit.registry import HEADS
 
 # N pairs, D numbers an embedding
@@ -42,5 +43,6 @@ class RelativePatchHead(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of [..., 8] with [...] int64, the mean over all pairs."""
-        return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        """Cross entropy of [..., 8] with [...] int64, the mean over all pairs of all processes; 0 where there are none."""
+        summed = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+        return summed / mean_over_ranks(labels.numel(), logits.device)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkit.models.layers import global_mean
+from visionkit.models.losses import mean_over_ranks
 from visionkit.registry import HEADS
 from visionkit.structures import PackedSequence
 
@@ -32,5 +33,6 @@ class RotationHead(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of [..., 4] with [...] int64, the mean over all views."""
-        return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        """Cross entropy of [..., 4] with [...] int64, the mean over all views of all processes; 0 where there are none."""
+        summed = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+        return summed / mean_over_ranks(labels.numel(), logits.device)
