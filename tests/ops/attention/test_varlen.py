@@ -157,6 +157,7 @@ def test_flash_attn_serves_half_precision_on_a_gpu_where_it_is_installed(monkeyp
     ({"cu_seqlens_q": borders((5, 0, 13, 4, 1, 2))}, r"of the lengths \[5, 0, 13, 4, 1, 2\] do not fill the 26 tokens of q"),
     ({"lengths_k": (34,)}, "queries and keys must be as many sequences, got 6 and 1"),
     ({"dropout_p": -0.1}, r"dropout_p must lie in \[0, 1\)"),
+    ({"causal": "top_left"}, "the last query of a sequence with its last key, got causal='top_left'; pass True"),
 ])
 def test_what_does_not_fit_is_told(change, message):
     arguments = {"q": torch.zeros(26, 4, 6), "k": torch.zeros(34, 2, 6), "v": torch.zeros(34, 2, 5), "cu_seqlens_q": borders(LENGTHS_Q),

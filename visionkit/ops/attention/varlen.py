@@ -51,7 +51,10 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     q, k, v = in_autocast_type(q, k, v)
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_dropout(dropout_p)
-    left, right, _ = band(causal, window_size)
+    left, right, top_left = band(causal, window_size)
+    if top_left:
+        raise ValueError("varlen_attention aligns the last query of a sequence with its last key, got causal='top_left'; pass True, or "
+                         "call attention for each sequence")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if lengths_k is None and cu_seqlens_k is cu_seqlens_q:
         lengths_k = lengths_q
