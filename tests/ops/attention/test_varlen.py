@@ -155,7 +155,11 @@ def test_flash_attn_serves_half_precision_on_a_gpu_where_it_is_installed(monkeyp
     ({"cu_seqlens_q": borders(LENGTHS_Q).long()}, r"cu_seqlens_q must be one row of int32.*got torch.int64 \[7\]"),
     ({"cu_seqlens_k": borders((34,))}, "queries and keys must be as many sequences, got 6 and 1"),
     ({"cu_seqlens_q": borders((5, 0, 13, 4, 1, 2))}, r"of the lengths \[5, 0, 13, 4, 1, 2\] do not fill the 26 tokens of q"),
-    ({"lengths_k": (34,)}, "queries and keys must be as many sequences, got 6 and 1"),
+    ({"lengths_k": (34,)}, "lengths_k and cu_seqlens_k must be as many sequences, got 1 and 6"),
+    ({"lengths_q": (4, 1, 13, 4, 1, 3)}, r"cu_seqlens_q must be \[0, 4, 5, 18, .*got \[0, 5, 5, 18"),
+    ({"cu_seqlens_k": borders(LENGTHS_K) + 2}, r"cu_seqlens_k must be \[0, 7, 10, 23, .*got \[2, 9, 12, 25"),
+    ({"max_seqlen_q": 12}, "max_seqlen_q must be 13, the longest sequence of q, or more, got 12"),
+    ({"max_seqlen_k": 12, "lengths_k": LENGTHS_K}, "max_seqlen_k must be 13, the longest sequence of k, or more, got 12"),
     ({"dropout_p": -0.1}, r"dropout_p must lie in \[0, 1\)"),
     ({"causal": "top_left"}, "the last query of a sequence with its last key, got causal='top_left'; pass True"),
 ])

@@ -1,6 +1,9 @@
 """What all forms of attention check of their queries, keys and values, and how they read `causal` and `window`."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -38,14 +41,24 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqle
         raise ValueError(f"queries and keys must be as many sequences, got {len(cu_seqlens_q) - 1} and {len(cu_seqlens_k) - 1}")
 
 
-def check_borders(lengths_q: list[int], lengths_k: list[int], q: Tensor, k: Tensor) -> None:
-    """Raise a ValueError unless sequences of these lengths fill q [T, ...] and k [S, ...]."""
-    for name, lengths, tensor in (("q", lengths_q, q), ("k", lengths_k, k)):
-        if sum(lengths) != len(tensor) or min(lengths, default=0) < 0:
-            raise ValueError(f"sequences of the lengths {lengths} do not fill the {len(tensor)} tokens of {name}; cu_seqlens must begin "
-                             f"with 0, never fall and end with the number of tokens")
-    if len(lengths_q) != len(lengths_k):
-        raise ValueError(f"queries and keys must be as many sequences, got {len(lengths_q)} and {len(lengths_k)}")
+def check_lengths(name: str, lengths: Sequence[int] | None, tensor: Tensor, cu_seqlens: Tensor, longest: int | None = None) -> None:
+    """Raise a ValueError unless sequences of these lengths fill the tokens `name`, [T, ...], and are those of `cu_seqlens`, which is
+    compared on the CPU only; nor where `longest` falls short of one. Without lengths nothing is checked."""
+    if lengths is None:
+        return
+    if sum(lengths) != len(tensor) or min(lengths, default=0) < 0:
+        raise ValueError(f"sequences of the lengths {list(lengths)} do not fill the {len(tensor)} tokens of {name}; cu_seqlens must begin "
+                         f"with 0, never fall and end with the number of tokens")
+    if len(lengths) != len(cu_seqlens) - 1:
+        raise ValueError(f"lengths_{name} and cu_seqlens_{name} must be as many sequences, got {len(lengths)} and {len(cu_seqlens) - 1}")
+    if longest is not None and longest < max(lengths, default=0):
+        raise ValueError(f"max_seqlen_{name} must be {max(lengths)}, the longest sequence of {name}, or more, got {longest}")
+    if cu_seqlens.device.type != "cpu" or type(cu_seqlens) is not Tensor or torch.compiler.is_compiling():     # numbers that are not here
+        return
+    borders = list(accumulate(lengths, initial=0))
+    if not torch.equal(cu_seqlens, torch.tensor(borders, dtype=cu_seqlens.dtype)):
+        raise ValueError(f"cu_seqlens_{name} must be {borders} for sequences of the lengths {list(lengths)}, got {cu_seqlens.tolist()}; "
+                         f"leave lengths_{name} out where they are of others")
 
 
 def _check_alike(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionkit.ops.attention.inputs import check_borders, check_heads_first, check_packed, in_autocast_type
+from visionkit.ops.attention.inputs import check_heads_first, check_lengths, check_packed, in_autocast_type
 from visionkit.registry import OPS
 
 # B images, H heads, N queries, S keys, D channels of queries and keys, M of values
@@ -126,7 +126,8 @@ def varlen_linear_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tenso
         lengths_k = lengths_q
     lengths_q = cu_seqlens_q.diff().tolist() if lengths_q is None else list(lengths_q)
     lengths_k = cu_seqlens_k.diff().tolist() if lengths_k is None else list(lengths_k)
-    check_borders(lengths_q, lengths_k, q, k)
+    check_lengths("q", lengths_q, q, cu_seqlens_q)
+    check_lengths("k", lengths_k, k, cu_seqlens_k)
     heads_first = (tensor.transpose(0, 1).split(lengths, 1) for tensor, lengths in ((q, lengths_q), (k, lengths_k), (v, lengths_k)))
     outputs = [linear_attention(query[None], key[None], value[None], causal=causal, normalise=normalise, chunk=chunk)[0].transpose(0, 1)
                for query, key, value in zip(*heads_first, strict=True)]

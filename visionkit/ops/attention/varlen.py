@@ -9,7 +9,7 @@ from torch import Tensor
 from visionkit.ops import tiers
 from visionkit.ops.attention.dropout import draw_seed
 from visionkit.ops.attention.flash import Dropout, Scores, attend, attend_backward, fits_kernels, group_heads, no_second_derivative
-from visionkit.ops.attention.inputs import band, check_borders, check_dropout, check_packed, in_autocast_type
+from visionkit.ops.attention.inputs import band, check_dropout, check_lengths, check_packed, in_autocast_type
 from visionkit.ops.attention.sdpa import banded_sdpa
 from visionkit.ops.tiers import kernels
 
@@ -24,6 +24,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
 
     On a GPU a Triton kernel, or flash-attn where it is installed, takes all sequences at once; elsewhere each is a call of PyTorch's
     `scaled_dot_product_attention`, on views. A query that sees no key reads 0.
+
+    Borders on a GPU are not read, so only lengths in Python are checked there: without them, tokens that `cu_seqlens` or a `max_seqlen`
+    leave out read 0 and have a gradient of 0 in the Triton kernels, without an error.
 
     Args:
         q: [T, H, D], the sequences one after the other.
@@ -61,8 +64,13 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     chosen = tiers.tier("varlen_attention", q.device, q.dtype).name
     if not fits_kernels(q, v):
         chosen = "portable"
-    if chosen == "portable" and not torch.compiler.is_compiling():
-        return _by_sequence(q, k, v, *_lengths(cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k), dropout_p, scale, left, right)
+    by_sequence = chosen == "portable" and not torch.compiler.is_compiling()
+    if by_sequence:
+        lengths_q, lengths_k = _lengths(cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k)
+    check_lengths("q", lengths_q, q, cu_seqlens_q, max_seqlen_q)
+    check_lengths("k", lengths_k, k, cu_seqlens_k, max_seqlen_k)
+    if by_sequence:
+        return _by_sequence(q, k, v, lengths_q, lengths_k, dropout_p, scale, left, right)
     max_seqlen_q = _longest(cu_seqlens_q, lengths_q, max_seqlen_q)
     max_seqlen_k = _longest(cu_seqlens_k, lengths_k, max_seqlen_k)
     if chosen == "flash_attn" and v.shape[2] == q.shape[2]:
@@ -93,7 +101,6 @@ def _longest(cu_seqlens: Tensor, lengths: Sequence[int] | None, longest: int | N
 def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int], dropout_p: float, scale: float, left: int,
                  right: int) -> Tensor:
     """A call of SDPA for each sequence: on a CPU faster than a padded batch, a mask of all, or nested tensors."""
-    check_borders(lengths_q, lengths_k, q, k)
     heads_first = (tensor.transpose(0, 1).split(lengths, 1) for tensor, lengths in ((q, lengths_q), (k, lengths_k), (v, lengths_k)))
     outputs = [banded_sdpa(query[None], key[None], value[None], left, right, dropout_p=dropout_p, scale=scale)[0].transpose(0, 1)
                for query, key, value in zip(*heads_first, strict=True)]
@@ -131,7 +138,8 @@ def _sequences(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
                left: int, right: int) -> list[tuple[slice, slice, Scores, Dropout | None]]:
     """Of each sequence: its queries, its keys, its scores and dropout."""
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    check_borders(lengths_q, lengths_k, q, k)
+    check_lengths("q", lengths_q, q, cu_seqlens_q)
+    check_lengths("k", lengths_k, k, cu_seqlens_k)
     first_rows = (torch.arange(q.shape[1], device=q.device) * len(q)).view(1, k.shape[1], -1)
     sequences, start_q, start_k = [], 0, 0
     for queries, keys in zip(lengths_q, lengths_k, strict=True):
