@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from visionkit.ops import Attention, attention, tiers
+from visionkit.ops import Attention, FlashAttention, attention, flash_attention, tiers
 from visionkit.ops.attention import attention_kernel, choice
 
 CALLS = {
@@ -74,6 +74,17 @@ def test_a_mask_of_any_form_goes_to_pytorch_alone(reference):
         assert torch.equal(attention(query, key, value, mask=form), F.scaled_dot_product_attention(query, key, value, form))
     with pytest.raises(ValueError, match="mask stands alone.*got softcap, causal or window beside it"):
         attention(query, key, value, mask=mask, causal=True, softcap=1.0)
+
+
+@pytest.mark.parametrize("softcap", [-1.0, float("nan")])
+def test_a_softcap_that_is_not_positive_is_refused_wherever_it_is_given(reference, softcap):
+    """It once went to PyTorch's attention, which knows none, and was dropped."""
+    inputs = [tensor.detach() for tensor in reference.tokens()]
+    calls = (lambda: attention(*inputs, softcap=softcap), lambda: flash_attention(*inputs, softcap=softcap),
+             lambda: Attention(softcap=softcap), lambda: FlashAttention(softcap=softcap))
+    for call in calls:
+        with pytest.raises(ValueError, match=f"softcap must be positive, or 0 for none, got {softcap}"):
+            call()
 
 
 def test_dropout_is_of_the_weights(reference):

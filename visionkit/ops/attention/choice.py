@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from visionkit.ops import tiers
 from visionkit.ops.attention.flash import fits_kernels, flash_attention
-from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, in_autocast_type
+from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, check_softcap, in_autocast_type
 from visionkit.ops.attention.sdpa import as_sdpa_knows, banded_sdpa
 from visionkit.ops.tiers import Tier
 from visionkit.registry import OPS
@@ -54,6 +54,7 @@ def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
     """
     check_heads_first(query, key, value)
     check_dropout(dropout_p)
+    check_softcap(softcap)
     left, right, top_left = band(causal, window)
     unknown = [name for name, given in (("softcap", softcap > 0), ("alibi_slopes", alibi_slopes is not None),
                                         ("block_mask", block_mask is not None)) if given]
@@ -92,6 +93,7 @@ class Attention(nn.Module):
         super().__init__()
         band(causal, window)
         check_dropout(dropout_p)
+        check_softcap(softcap)
         self.causal, self.scale, self.window, self.dropout_p, self.softcap = causal, scale, window, dropout_p, softcap
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

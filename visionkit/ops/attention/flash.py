@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from visionkit.ops.attention.dropout import draw_seed, kept
-from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, in_autocast_type
+from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, check_softcap, in_autocast_type
 from visionkit.ops.tiers import kernels
 from visionkit.registry import OPS
 
@@ -72,8 +72,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool |
 def _check_extras(query: Tensor, key: Tensor, softcap: float, alibi_slopes: Tensor | None, block_mask: Tensor | None,
                   block_size: int) -> None:
     images, heads, queries, _ = query.shape
-    if softcap < 0:
-        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
+    check_softcap(softcap)
     if alibi_slopes is not None and alibi_slopes.shape not in ((heads,), (images, heads)):
         raise ValueError(f"alibi_slopes must be [H] = [{heads}] or [B, H] = [{images}, {heads}], got {list(alibi_slopes.shape)}")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
@@ -98,6 +97,7 @@ class FlashAttention(nn.Module):
         super().__init__()
         band(causal, window)
         check_dropout(dropout_p)
+        check_softcap(softcap)
         self.causal, self.scale, self.window, self.dropout_p, self.softcap = causal, scale, window, dropout_p, softcap
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -84,6 +84,12 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
 
 
+def check_softcap(softcap: float) -> None:
+    """Raise a ValueError unless this is positive, or 0 for none."""
+    if not softcap >= 0:
+        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
+
+
 def in_autocast_type(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, which does not know our ops: the tensors in its type, as it hands them to PyTorch's own attention."""
     device = tensors[0].device.type
