@@ -3,7 +3,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from visionkit.ops import Attention, FlashAttention, attention, flash_attention, tiers
+from visionkit.ops import (
+    Attention,
+    FlashAttention,
+    attention,
+    efficient_attention,
+    flash_attention,
+    linear_attention,
+    tiers,
+    varlen_attention,
+)
 from visionkit.ops.attention import attention_kernel, choice
 
 CALLS = {
@@ -74,6 +83,19 @@ def test_a_mask_of_any_form_goes_to_pytorch_alone(reference):
         assert torch.equal(attention(query, key, value, mask=form), F.scaled_dot_product_attention(query, key, value, form))
     with pytest.raises(ValueError, match="mask stands alone.*got softcap, causal or window beside it"):
         attention(query, key, value, mask=mask, causal=True, softcap=1.0)
+
+
+def test_shapes_are_told_on_the_meta_device(reference):
+    """Which has no autocast; borders there hold no numbers, and none are asked for."""
+    query, key, value = (tensor.detach().to("meta") for tensor in reference.tokens(key_heads=4, dtype=torch.bfloat16))
+    borders = torch.empty(4, dtype=torch.int32, device="meta")
+    packed = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    for output in (attention(query, key, value), flash_attention(query, key, value, causal=True, dropout_p=0.1),
+                   linear_attention(query, key, value), efficient_attention(query, key, value)):
+        assert (output.shape, output.dtype, output.device.type) == ((2, 4, 19, 5), torch.bfloat16, "meta")
+    for lengths in (None, (19, 0, 0)):
+        output = varlen_attention(*packed, borders, borders.clone(), lengths_q=lengths)
+        assert (output.shape, output.dtype, output.device.type) == ((19, 4, 5), torch.bfloat16, "meta")
 
 
 @pytest.mark.parametrize("softcap", [-1.0, float("nan")])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from visionkit.ops.attention.dropout import draw_seed, kept
-from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, check_softcap, in_autocast_type
+from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, check_softcap, in_autocast_type, without_autocast
 from visionkit.ops.tiers import kernels
 from visionkit.registry import OPS
 
@@ -188,7 +188,7 @@ def _without_autocast(function: Callable[..., None]) -> Callable[..., None]:
     """`function`, its products in the type of their factors: autocast reaches into an op and would make them in half precision."""
     @functools.wraps(function)
     def run(tensor: Tensor, *arguments) -> None:
-        with torch.autocast(tensor.device.type, enabled=False):
+        with without_autocast(tensor.device):
             function(tensor, *arguments)
     return run
 

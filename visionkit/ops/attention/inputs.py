@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 
 import torch
@@ -93,9 +94,16 @@ def check_softcap(softcap: float) -> None:
 def in_autocast_type(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, which does not know our ops: the tensors in its type, as it hands them to PyTorch's own attention."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or any(tensor.dtype == torch.float64 for tensor in tensors):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Products of float32 stay in float32; nothing to do where a kind of device, such as meta, has no autocast."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def band(causal: bool | str, window: tuple[int, int] | None) -> tuple[int, int, bool]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionkit.ops.attention.inputs import check_heads_first, check_lengths, check_packed, in_autocast_type
+from visionkit.ops.attention.inputs import check_heads_first, check_lengths, check_packed, in_autocast_type, without_autocast
 from visionkit.registry import OPS
 
 # B images, H heads, N queries, S keys, D channels of queries and keys, M of values
@@ -61,7 +61,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool 
         raise ValueError(f"chunk is a number of tokens, got {chunk}")
     if state is not None:
         _check_state(state, key, value)
-    with torch.autocast(query.device.type, enabled=False):                  # which would make products of float32 in half precision
+    with without_autocast(query.device):                                    # which would make products of float32 in half precision
         q, k, v = _features(query), _features(key), _wide(value)
         if valid is not None:
             k = k * valid[:, None, :, None]
@@ -158,7 +158,7 @@ def efficient_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor
     query, key, value = in_autocast_type(query, key, value)
     check_heads_first(query, key, value, grouped=False)
     _check_valid(valid, key)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         k = _wide(key)
         if valid is not None:
             hidden = ~valid[:, None, :, None]

@@ -64,15 +64,15 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     chosen = tiers.tier("varlen_attention", q.device, q.dtype).name
     if not fits_kernels(q, v):
         chosen = "portable"
-    by_sequence = chosen == "portable" and not torch.compiler.is_compiling()
+    by_sequence = chosen == "portable" and not torch.compiler.is_compiling() and not q.is_meta
     if by_sequence:
         lengths_q, lengths_k = _lengths(cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k)
     check_lengths("q", lengths_q, q, cu_seqlens_q, max_seqlen_q)
     check_lengths("k", lengths_k, k, cu_seqlens_k, max_seqlen_k)
     if by_sequence:
         return _by_sequence(q, k, v, lengths_q, lengths_k, dropout_p, scale, left, right)
-    max_seqlen_q = _longest(cu_seqlens_q, lengths_q, max_seqlen_q)
-    max_seqlen_k = _longest(cu_seqlens_k, lengths_k, max_seqlen_k)
+    max_seqlen_q = _longest(q, cu_seqlens_q, lengths_q, max_seqlen_q)
+    max_seqlen_k = _longest(k, cu_seqlens_k, lengths_k, max_seqlen_k)
     if chosen == "flash_attn" and v.shape[2] == q.shape[2]:
         from flash_attn import flash_attn_varlen_func
         return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, scale,
@@ -90,11 +90,13 @@ def _lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, lengths_q: Sequence[int
     return of_queries, cu_seqlens_k.diff().tolist() if lengths_k is None else list(lengths_k)
 
 
-def _longest(cu_seqlens: Tensor, lengths: Sequence[int] | None, longest: int | None) -> int:
+def _longest(tokens: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | None, longest: int | None) -> int:
     if longest is not None:
         return longest
     if lengths is not None:
         return max(lengths, default=0)
+    if cu_seqlens.is_meta:                                   # which hold no numbers
+        return len(tokens)
     return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
 
 
