@@ -1,7 +1,10 @@
 """One interface: whichever kernel serves, the answer is the formula's."""
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from visionkit.ops import (
     Attention,
@@ -13,7 +16,7 @@ from visionkit.ops import (
     tiers,
     varlen_attention,
 )
-from visionkit.ops.attention import attention_kernel, choice
+from visionkit.ops.attention import attention_kernel, sdpa
 
 CALLS = {
     "plain": {}, "causal": {"causal": True}, "top left": {"causal": "top_left"}, "window": {"window": (3, 2)},
@@ -54,15 +57,37 @@ def test_what_would_keep_a_large_matrix_goes_to_tiles(reference, monkeypatch):
              "another width": ((query, key, value), {})}
     for inputs, options in asked.values():
         assert attention_kernel(*inputs, **options).name == "sdpa"
-    monkeypatch.setattr(choice, "_LARGEST_MATRIX", 19 * 23 - 1)
+    monkeypatch.setattr(sdpa, "LARGEST_MATRIX", 19 * 23 * 9 - 1)             # a mask, in bool and in float64
     for word, (inputs, options) in asked.items():
         kernel = attention_kernel(*inputs, **options)
         assert kernel.name == "portable"
         assert word in kernel.reason
     assert attention_kernel(query, key, same).name == "sdpa"
+    assert attention_kernel(query, key, same, window=(3, 3), dropout_p=0.1).reason.startswith(
+        "PyTorch's attention keeps a mask for this causal or window and all scores for dropout, 0 MiB")
     tiled = attention(query, key, value, window=(3, 3))
     monkeypatch.undo()
     torch.testing.assert_close(tiled, attention(query, key, value, window=(3, 3)))
+
+
+@pytest.mark.parametrize("left, right", [(-1, -1), (-1, 0), (2, -1), (3, 1)])
+@pytest.mark.parametrize("offset", [-4, 0, 6])
+def test_the_mask_of_a_band_is_made_without_a_matrix_of_numbers(left, right, offset):
+    """No more than two of bool, where distances in int64 took 8 bytes a pair."""
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            self.bytes = max(self.bytes, result.nbytes)
+            return result
+
+    with Largest() as largest:
+        mask = sdpa.visible(50, 70, left, right, offset, torch.device("cpu"))
+    assert largest.bytes == mask.nbytes
+    mask = mask.tolist()
+    for i, j in itertools.product(range(50), range(70)):
+        assert mask[i][j] == ((left < 0 or j >= i + offset - left) and (right < 0 or j <= i + offset + right))
 
 
 def test_on_a_gpu_triton_takes_what_pytorch_would_mask(reference, monkeypatch):

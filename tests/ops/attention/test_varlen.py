@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from visionkit.ops import flash_attention, tiers, varlen_attention
+from visionkit.ops.attention import sdpa, varlen
 from visionkit.structures import PackedSequence
 from visionkit.testing import check_op
 
@@ -50,6 +51,25 @@ def test_each_sequence_is_as_if_alone(reference, function, options):
     expected = reference.with_gradients(lambda *tensors: one_by_one(reference, *tensors, **options), inputs)
     assert reference.largest_difference(ours, expected) <= 1e-12
     assert not ours[0][-3:].any()                            # the last sequence has no keys
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (2, 1)}, {"scale": 0.7}], ids=["causal", "window", "another width"])
+def test_long_sequences_go_to_tiles_where_pytorch_would_keep_a_large_matrix(reference, monkeypatch, options):
+    """The third one only, of 13 x 13; dropout too."""
+    tiled = []
+    monkeypatch.setattr(sdpa, "LARGEST_MATRIX", 13 * 13 * 9)                 # its mask alone would do
+    monkeypatch.setattr(varlen, "flash_attention", lambda q, *rest, **named: tiled.append(q.shape[2]) or flash_attention(q, *rest, **named))
+    inputs, cu_seqlens = packed(), (borders(LENGTHS_Q), borders(LENGTHS_K))
+    named = {{"window": "window_size", "scale": "softmax_scale"}.get(name, name): value for name, value in options.items()}
+    ours = reference.with_gradients(lambda *tensors: varlen_attention(*tensors, *cu_seqlens, **named), inputs)
+    expected = reference.with_gradients(lambda *tensors: one_by_one(reference, *tensors, **options), inputs)
+    assert reference.largest_difference(ours, expected) <= 1e-12
+    assert tiled == [13]
+    same = packed(value_channels=6)
+    varlen_attention(*same, *cu_seqlens, **named)
+    assert len(tiled) == 1
+    varlen_attention(*same, *cu_seqlens, dropout_p=0.5, **named)
+    assert tiled == [13, 13]
 
 
 def test_lengths_known_to_python_stand_for_the_borders(reference, monkeypatch):

@@ -5,13 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkit.ops import tiers
+from visionkit.ops.attention import sdpa
 from visionkit.ops.attention.flash import fits_kernels, flash_attention
 from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, check_softcap, in_autocast_type
-from visionkit.ops.attention.sdpa import as_sdpa_knows, banded_sdpa
+from visionkit.ops.attention.sdpa import as_sdpa_knows, banded_sdpa, kept_by_sdpa
 from visionkit.ops.tiers import Tier
 from visionkit.registry import OPS
-
-_LARGEST_MATRIX = 256 << 20                                  # bytes of scores or of a mask that PyTorch's attention may keep
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool | str = False,
@@ -68,19 +67,14 @@ def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
         flash = Tier("portable", "a row is too long for the Triton kernels")
     if unknown:
         return Tier(flash.name, f"PyTorch's attention knows no {' and no '.join(unknown)}; {flash.reason}")
-    queries, keys = query.shape[2], key.shape[2]
-    if not as_sdpa_knows(queries, keys, left, right, top_left):
-        if flash.name == "triton":
-            return Tier("triton", f"PyTorch's attention needs a mask for this causal or window; {flash.reason}")
-        if queries * keys > _LARGEST_MATRIX:
-            return Tier(flash.name, f"the mask that PyTorch's attention needs for this causal or window has {queries} x {keys} entries; "
-                                    f"{flash.reason}")
+    masked = not as_sdpa_knows(query.shape[2], key.shape[2], left, right, top_left)
+    if masked and flash.name == "triton":
+        return Tier("triton", f"PyTorch's attention needs a mask for this causal or window; {flash.reason}")
+    size, what = kept_by_sdpa(query, key, value, left, right, top_left=top_left, dropout_p=dropout_p)
+    if size > sdpa.LARGEST_MATRIX:
+        return Tier(flash.name, f"PyTorch's attention keeps {what}, {size / 2**20:.0f} MiB; {flash.reason}")
+    if masked:
         return Tier("sdpa", "with a mask for this causal or window, faster than tiles on a CPU")
-    if query.device.type == "cpu" and (dropout_p or query.shape[3] != value.shape[3]):
-        size = query.shape[0] * query.shape[1] * queries * keys * query.element_size()
-        if size > _LARGEST_MATRIX:
-            what = "dropout" if dropout_p else "values of another width than keys"
-            return Tier(flash.name, f"with {what}, PyTorch's attention keeps all scores, {size / 2**20:.0f} MiB; {flash.reason}")
     return Tier("sdpa", "PyTorch's own is the fastest where it knows all that is asked")
 
 

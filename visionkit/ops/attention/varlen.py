@@ -7,10 +7,20 @@ import torch
 from torch import Tensor
 
 from visionkit.ops import tiers
+from visionkit.ops.attention import sdpa
 from visionkit.ops.attention.dropout import draw_seed
-from visionkit.ops.attention.flash import Dropout, Scores, attend, attend_backward, fits_kernels, group_heads, no_second_derivative
+from visionkit.ops.attention.flash import (
+    Dropout,
+    Scores,
+    attend,
+    attend_backward,
+    fits_kernels,
+    flash_attention,
+    group_heads,
+    no_second_derivative,
+)
 from visionkit.ops.attention.inputs import band, check_dropout, check_lengths, check_packed, in_autocast_type
-from visionkit.ops.attention.sdpa import banded_sdpa
+from visionkit.ops.attention.sdpa import banded_sdpa, kept_by_sdpa
 from visionkit.ops.tiers import kernels
 
 # T query and S key tokens of all sequences, H heads of D channels, H_kv heads of keys and values, of D and D_v channels
@@ -102,10 +112,17 @@ def _longest(tokens: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | None, 
 
 def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int], dropout_p: float, scale: float, left: int,
                  right: int) -> Tensor:
-    """A call of SDPA for each sequence: on a CPU faster than a padded batch, a mask of all, or nested tensors."""
+    """A call of SDPA for each sequence: on a CPU faster than a padded batch, a mask of all, or nested tensors. Long ones of which it would
+    keep a large matrix go to tiles, as in `attention`."""
     heads_first = (tensor.transpose(0, 1).split(lengths, 1) for tensor, lengths in ((q, lengths_q), (k, lengths_k), (v, lengths_k)))
-    outputs = [banded_sdpa(query[None], key[None], value[None], left, right, dropout_p=dropout_p, scale=scale)[0].transpose(0, 1)
-               for query, key, value in zip(*heads_first, strict=True)]
+    outputs = []
+    for sequence in zip(*heads_first, strict=True):
+        query, key, value = (tensor[None] for tensor in sequence)
+        if kept_by_sdpa(query, key, value, left, right, dropout_p=dropout_p)[0] > sdpa.LARGEST_MATRIX:
+            output = flash_attention(query, key, value, scale=scale, window=(left, right), dropout_p=dropout_p)
+        else:
+            output = banded_sdpa(query, key, value, left, right, dropout_p=dropout_p, scale=scale)
+        outputs.append(output[0].transpose(0, 1))
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat(outputs) if outputs else q.new_zeros(0, q.shape[1], v.shape[2])
