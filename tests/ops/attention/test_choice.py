@@ -95,7 +95,11 @@ def test_on_a_gpu_triton_takes_what_pytorch_would_mask(reference, monkeypatch):
     monkeypatch.setattr(tiers, "tier", lambda *_: tiers.Tier("triton", "CUDA, and triton is installed"))
     assert attention_kernel(query, key, value, window=(3, 3)).name == "triton"
     assert attention_kernel(query, key, value, softcap=1.0).name == "triton"
-    assert attention_kernel(query, key, value).name == "sdpa"
+    every_head, half = [tensor.repeat_interleave(2, 1) for tensor in (key, value)], [tensor.half() for tensor in (query, key, value)]
+    assert attention_kernel(query, *every_head).name == "sdpa"
+    assert "know grouped heads only in half precision" in attention_kernel(query, key, value).reason
+    assert attention_kernel(*half).name == "triton"                          # values of another width
+    assert attention_kernel(half[0], half[1], half[1]).name == "sdpa"
     wide = [F.pad(tensor, (0, 300)) for tensor in (query, key)]
     assert attention_kernel(*wide, value, softcap=1.0) == tiers.Tier(
         "portable", "PyTorch's attention knows no softcap; a row is too long for the Triton kernels")

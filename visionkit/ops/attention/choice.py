@@ -1,6 +1,7 @@
 """One call for softmax attention, and which kernel serves it."""
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,6 +71,10 @@ def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
     masked = not as_sdpa_knows(query.shape[2], key.shape[2], left, right, top_left)
     if masked and flash.name == "triton":
         return Tier("triton", f"PyTorch's attention needs a mask for this causal or window; {flash.reason}")
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and flash.name == "triton" and (query.dtype == torch.float32 or query.shape[3] != value.shape[3]):
+        return Tier("triton", f"PyTorch's kernels for CUDA know grouped heads only in half precision with values as wide as keys, and else "
+                              f"all scores are kept; {flash.reason}")
     size, what = kept_by_sdpa(query, key, value, left, right, top_left=top_left, dropout_p=dropout_p)
     if size > sdpa.LARGEST_MATRIX:
         return Tier(flash.name, f"PyTorch's attention keeps {what}, {size / 2**20:.0f} MiB; {flash.reason}")
