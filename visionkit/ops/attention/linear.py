@@ -37,7 +37,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool 
         key: [B, H, S, D]; S = N where `causal`.
         value: [B, H, S, M].
         causal: a query sees no later key (eq. 9 to 12), by chunks: within one, masked scores; before it, the sums of all chunks.
-        valid: [B, S] bool, false for keys that count for nothing, such as padding.
+        valid: [B, S] bool, false for keys that count for nothing, such as padding, whatever they and their values hold.
         normalise: divide by feature(q) . sum of feature(k), plus 1e-6; else the numerator is the result.
         chunk: tokens; the larger of 64 and D by default, so that the sums take no more room than the values. Any makes the same.
         state: sums of keys and values that come before; all queries see them.
@@ -62,9 +62,10 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool 
     if state is not None:
         _check_state(state, key, value)
     with without_autocast(query.device):                                    # which would make products of float32 in half precision
+        if valid is not None:                                               # features of 0; a product with 0 would leave NaN and infinity
+            hidden = ~valid[:, None, :, None]
+            key, value = key.masked_fill(hidden, -torch.inf), value.masked_fill(hidden, 0)
         q, k, v = _features(query), _features(key), _wide(value)
-        if valid is not None:
-            k = k * valid[:, None, :, None]
         if causal and query.shape[2] > chunk:
             numerator, denominator, state = _by_chunks(q, k, v, chunk, state)
         else:
@@ -143,7 +144,7 @@ def efficient_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor
         query: [B, H, N, D].
         key: [B, H, S, D].
         value: [B, H, S, M].
-        valid: [B, S] bool, false for keys that count for nothing, such as padding.
+        valid: [B, S] bool, false for keys that count for nothing, such as padding, whatever they and their values hold.
         causal: refused.
 
     Returns:
@@ -159,14 +160,15 @@ def efficient_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor
     check_heads_first(query, key, value, grouped=False)
     _check_valid(valid, key)
     with without_autocast(query.device):
-        k = _wide(key)
+        k, v = _wide(key), _wide(value)
         if valid is not None:
             hidden = ~valid[:, None, :, None]
+            v = v.masked_fill(hidden, 0)
             k = k.masked_fill(hidden, torch.finfo(k.dtype).min)             # minus infinity would make NaN of a row without valid keys
         shares = k.softmax(2)
         if valid is not None:
             shares = shares.masked_fill(hidden, 0)
-        output = _wide(query).softmax(3) @ (shares.transpose(2, 3) @ _wide(value))
+        output = _wide(query).softmax(3) @ (shares.transpose(2, 3) @ v)
     return output.to(query.dtype)
 
 
