@@ -138,6 +138,22 @@ def test_a_softcap_that_is_not_positive_is_refused_wherever_it_is_given(referenc
             call()
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"mask": torch.ones(2, 23, dtype=torch.bool)}, r"broadcast to \[B, H, N, M\] = \[2, 4, 19, 23\].*got \[2, 23\]; a mask of keys"),
+    ({"mask": torch.ones(23, dtype=torch.bool)}, r"N and M at least, got \[23\]"),
+    ({"mask": torch.ones(19, 23, dtype=torch.int64)}, "mask must be bool.*got torch.int64 beside torch.float32"),
+    ({"mask": torch.ones(19, 23, dtype=torch.bool, device="meta")}, "query is on cpu, mask on meta"),
+    ({"window": 3}, r"window is \(keys to the left, keys to the right\), -1 for all, got 3; \(3, 3\) is three on either side"),
+    ({"window": (3,)}, r"window is .* got \(3,\)"),
+    ({"window": (2.0, 1)}, r"window is .* got \(2.0, 1\)"),
+    ({"query": torch.zeros(2, 4, 19, 0), "key": torch.zeros(2, 2, 23, 0)}, "at least one channel, got"),
+])
+def test_what_does_not_fit_is_told(change, message):
+    arguments = {"query": torch.zeros(2, 4, 19, 6), "key": torch.zeros(2, 2, 23, 6), "value": torch.zeros(2, 2, 23, 5)} | change
+    with pytest.raises(ValueError, match=message):
+        attention(**arguments)
+
+
 def test_dropout_is_of_the_weights(reference):
     inputs = [tensor.detach() for tensor in reference.tokens(heads=2, value_channels=6)]
     torch.manual_seed(0)

@@ -62,6 +62,7 @@ def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
         if unknown or left >= 0 or right >= 0:
             raise ValueError("mask stands alone: write into it what causal, window, alibi_slopes or block_mask would say, and leave them "
                              f"out; got {', '.join([*unknown, *(['causal or window'] if max(left, right) >= 0 else [])])} beside it")
+        _check_mask(mask, query, key)
         return Tier("sdpa", "only PyTorch's attention takes a mask of any form")
     flash = tiers.tier("flash_attention", query.device, query.dtype)
     if not fits_kernels(query, value):
@@ -81,6 +82,18 @@ def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
     if masked:
         return Tier("sdpa", "with a mask for this causal or window, faster than tiles on a CPU")
     return Tier("sdpa", "PyTorch's own is the fastest where it knows all that is asked")
+
+
+def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
+    scores = (*query.shape[:3], key.shape[2])
+    if not 2 <= mask.ndim <= 4 or any(size not in (1, wanted) for size, wanted in zip(mask.shape, scores[-mask.ndim:], strict=True)):
+        raise ValueError(f"mask must broadcast to [B, H, N, M] = {list(scores)} and have N and M at least, got {list(mask.shape)}; a mask "
+                         f"of keys [B, M] is mask[:, None, None]")
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise ValueError(f"mask must be bool, true where a query sees a key, or numbers to add in float32 or the type of the queries, got "
+                         f"{mask.dtype} beside {query.dtype}")
+    if mask.device != query.device:
+        raise ValueError(f"query is on {query.device}, mask on {mask.device}; move one")
 
 
 @OPS.register_module()

@@ -18,6 +18,8 @@ def check_heads_first(query: Tensor, key: Tensor, value: Tensor, *, grouped: boo
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise ValueError(f"query [B, H, N, D] and key [B, H_kv, M, D] must have the same B and D, got {list(query.shape)} and "
                          f"{list(key.shape)}")
+    if not query.shape[3]:
+        raise ValueError(f"queries and keys must have at least one channel, got {list(query.shape)} and {list(key.shape)}")
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(f"key and value must be the same tokens of the same heads, got {list(key.shape)} and {list(value.shape)}")
     _check_groups(query.shape[1], key.shape[1], grouped)
@@ -32,6 +34,8 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqle
     if q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
         raise ValueError(f"q [T, H, D] and k [S, H_kv, D] must have the same D, k and v [S, H_kv, D_v] the same tokens and heads, got "
                          f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
+    if not q.shape[2]:
+        raise ValueError(f"q and k must have at least one channel, got {list(q.shape)} and {list(k.shape)}")
     _check_groups(q.shape[1], k.shape[1], grouped)
     for name, borders in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if borders.dtype != torch.int32 or borders.ndim != 1 or not len(borders):
@@ -111,7 +115,8 @@ def band(causal: bool | str, window: tuple[int, int] | None) -> tuple[int, int, 
     is aligned with the first key (top left), or the last with the last (bottom right, as in flash-attn)."""
     if causal not in (False, True, "bottom_right", "top_left"):
         raise ValueError(f"causal must be False, True, 'bottom_right' (which is what True means) or 'top_left', got {causal!r}")
-    left, right = (-1, -1) if window is None else window
-    if min(left, right) < -1:
-        raise ValueError(f"window is (keys to the left, keys to the right), -1 for all, got {tuple(window)}")
+    window = (-1, -1) if window is None else window
+    if not isinstance(window, Sequence) or len(window) != 2 or not all(isinstance(keys, int) and keys >= -1 for keys in window):
+        raise ValueError(f"window is (keys to the left, keys to the right), -1 for all, got {window!r}; (3, 3) is three on either side")
+    left, right = window
     return left, 0 if causal else right, causal == "top_left"
