@@ -72,6 +72,15 @@ def test_long_sequences_go_to_tiles_where_pytorch_would_keep_a_large_matrix(refe
     assert tiled == [13, 13]
 
 
+def test_the_packed_layout_is_that_of_flash_attn_and_the_other_is_that_of_pytorch(reference):
+    """Spec 9, item 8, with [B, H, N, D] where flash-attn has [B, N, H, D]: its tensors are transposed, or packed as they are."""
+    heads_first = [tensor.detach() for tensor in reference.tokens()]
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in heads_first)
+    assert (q.shape, k.shape) == ((2 * 19, 4, 6), (2 * 23, 2, 6))
+    ours = varlen_attention(q, k, v, borders((19, 19)), borders((23, 23)), 19, 23)
+    torch.testing.assert_close(ours.view(2, 19, 4, 5).transpose(1, 2), flash_attention(*heads_first))
+
+
 def test_lengths_known_to_python_stand_for_the_borders(reference, monkeypatch):
     inputs, cu_seqlens = packed(LENGTHS_Q, LENGTHS_Q), borders(LENGTHS_Q)
     expected = varlen_attention(*inputs, cu_seqlens, cu_seqlens)

@@ -33,7 +33,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool |
     A query that sees no key reads 0. Sums are made in float32, or in float64 for inputs of that type.
 
     Args:
-        query: [B, H, N, D].
+        query: [B, H, N, D], PyTorch's layout; flash-attn's [B, N, H, D] cannot be told from it, so `transpose(1, 2)` such tensors.
         key: [B, H_kv, M, D]; H is a multiple of H_kv, and query head h reads key head h // (H / H_kv).
         value: [B, H_kv, M, D_v].
         causal: a query sees no later key. "bottom_right", which is what True means, aligns the last query with the last key, as flash-attn
