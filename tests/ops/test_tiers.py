@@ -56,6 +56,9 @@ def test_kernels_of_attention_are_deterministic_and_flash_attn_goes_first(h100, 
     monkeypatch.setattr(tiers, "_flash_attn_installed", lambda: True)
     assert tiers.tier("varlen_attention", CUDA, torch.bfloat16) == ("flash_attn", "CUDA, half precision, and flash-attn is installed")
     assert tiers.tier("varlen_attention", CUDA, torch.float32).name == "triton"
+    with monkeypatch.context() as patch:                                     # flash-attn refuses a Turing, Triton does not
+        patch.setattr(tiers, "_capability", lambda device: (7, 5))
+        assert tiers.tier("varlen_attention", CUDA, torch.float16) == ("triton", "CUDA, and triton is installed")
     assert tiers.tier("flash_attention", CUDA, torch.bfloat16).name == "triton"           # which is ours by name
     assert "scaled_dot_product_attention" in tiers.tier("attention", CUDA).reason
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)

@@ -19,6 +19,7 @@ TRITON_OPS = ("deform_conv2d", "deform_roi_pool", "flash_attention", "ms_deform_
 _DETERMINISTIC = ("flash_attention", "varlen_attention")                     # their kernels give the same bits every time
 _SHARED_KERNELS = {"pyramid_roi_align": "roi_align", "deform_ps_roi_pool": "deform_roi_pool"}
 _MIN_CAPABILITY = (7, 0)                                                     # what Triton compiles for
+_FLASH_ATTN_CAPABILITY = (8, 0)                                              # Ampere, which flash-attn 2 needs
 
 
 class Tier(NamedTuple):
@@ -48,7 +49,8 @@ def tier(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> T
     if dtype == torch.float64:
         return Tier("portable", "float64 is for checking gradients")
     deterministic = torch.are_deterministic_algorithms_enabled()
-    if op == "varlen_attention" and dtype != torch.float32 and _flash_attn_installed() and not deterministic:
+    if (op == "varlen_attention" and dtype != torch.float32 and _flash_attn_installed() and not deterministic
+            and (torch.version.hip is not None or _capability(device) >= _FLASH_ATTN_CAPABILITY)):
         return Tier("flash_attn", "CUDA, half precision, and flash-attn is installed")
     if not _triton_installed():
         return Tier("portable", "triton is not installed")

@@ -39,6 +39,13 @@ def test_a_token_is_four_patches_of_28_pixels_in_all():
     assert torch.equal(tokens.tokens[0], plain.maps()[0][:, :2, :2].flatten(1).T)
 
 
+def test_shapes_are_told_without_numbers():
+    with torch.device("meta"):
+        tokens = build()(ImageList((torch.empty(3, 56, 84), torch.empty(3, 28, 28))))
+    assert tokens.grids == ((2, 3), (1, 1))
+    assert (tokens.tokens.shape, tokens.tokens.device.type) == ((7, 4, 32), "meta")
+
+
 @torch.no_grad()
 def test_an_image_alone_gives_what_it_gives_among_others():
     """Spec 10, item 3. Measured: 0, in float32 and in float64."""

@@ -229,7 +229,9 @@ def test_dropout_keeps_the_mean_and_none_is_none(reference):
     """Spec 9, item 6: the mean over 400 seeds is 2e-2 off, 2.9 standard errors in the worst of 12 numbers."""
     query, key, value = (tensor.detach() for tensor in reference.tokens(1, 2, 2, 3, 40, 4, 2))
     full = flash_attention(query, key, value)
-    assert torch.equal(flash_attention(query, key, value, dropout_p=0.0), full)
+    drawn = torch.ops.visionkit.flash_attention(query, key, value, torch.tensor(7), None, None, 0.5, 0.0, -1, -1, False, 0.0, 64)[0]
+    assert torch.equal(drawn, full)                          # a mask was drawn, and dropped nothing
+    assert (full - reference.dense_attention(query, key, value)).abs().max() <= 1e-12
     torch.manual_seed(0)
     drawn = torch.stack([flash_attention(query, key, value, dropout_p=0.3) for _ in range(400)])
     error = drawn.std(0) / 20

@@ -150,6 +150,19 @@ def test_keys_without_features_or_without_tokens_give_zero():
     assert large.isfinite().all()
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("function", [linear_attention, efficient_attention])
+def test_padding_may_hold_any_number(function, number):
+    """In keys and values: the others have the results and gradients that they have without it, padding has gradients of 0."""
+    query, key, value = tokens()
+    valid = torch.arange(37).expand(2, -1) < 30
+    padded = [query, *(torch.where(valid[:, None, :, None], tensor, number).detach().requires_grad_() for tensor in (key, value))]
+    ours = with_gradients(lambda *tensors: function(*tensors, valid=valid), padded)
+    expected = with_gradients(function, [query, *(tensor[:, :, :30].detach().requires_grad_() for tensor in (key, value))])
+    assert largest_difference([*ours[:2], *(grad[:, :, :30] for grad in ours[2:])], expected) <= 1e-12
+    assert not any(grad[:, :, 30:].any() for grad in ours[2:])
+
+
 def test_without_normaliser_the_numerator_is_left():
     query, key, value = tokens()
     ones = torch.ones_like(value)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from visionkit.ops import flash_attention, tiers, varlen_attention
+from visionkit.ops.attention import sdpa, varlen
 from visionkit.structures import PackedSequence
 from visionkit.testing import check_op
 
@@ -50,6 +51,34 @@ def test_each_sequence_is_as_if_alone(reference, function, options):
     expected = reference.with_gradients(lambda *tensors: one_by_one(reference, *tensors, **options), inputs)
     assert reference.largest_difference(ours, expected) <= 1e-12
     assert not ours[0][-3:].any()                            # the last sequence has no keys
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (2, 1)}, {"scale": 0.7}], ids=["causal", "window", "another width"])
+def test_long_sequences_go_to_tiles_where_pytorch_would_keep_a_large_matrix(reference, monkeypatch, options):
+    """The third one only, of 13 x 13; dropout too."""
+    tiled = []
+    monkeypatch.setattr(sdpa, "LARGEST_MATRIX", 13 * 13 * 9)                 # its mask alone would do
+    monkeypatch.setattr(varlen, "flash_attention", lambda q, *rest, **named: tiled.append(q.shape[2]) or flash_attention(q, *rest, **named))
+    inputs, cu_seqlens = packed(), (borders(LENGTHS_Q), borders(LENGTHS_K))
+    named = {{"window": "window_size", "scale": "softmax_scale"}.get(name, name): value for name, value in options.items()}
+    ours = reference.with_gradients(lambda *tensors: varlen_attention(*tensors, *cu_seqlens, **named), inputs)
+    expected = reference.with_gradients(lambda *tensors: one_by_one(reference, *tensors, **options), inputs)
+    assert reference.largest_difference(ours, expected) <= 1e-12
+    assert tiled == [13]
+    same = packed(value_channels=6)
+    varlen_attention(*same, *cu_seqlens, **named)
+    assert len(tiled) == 1
+    varlen_attention(*same, *cu_seqlens, dropout_p=0.5, **named)
+    assert tiled == [13, 13]
+
+
+def test_the_packed_layout_is_that_of_flash_attn_and_the_other_is_that_of_pytorch(reference):
+    """Spec 9, item 8, with [B, H, N, D] where flash-attn has [B, N, H, D]: its tensors are transposed, or packed as they are."""
+    heads_first = [tensor.detach() for tensor in reference.tokens()]
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in heads_first)
+    assert (q.shape, k.shape) == ((2 * 19, 4, 6), (2 * 23, 2, 6))
+    ours = varlen_attention(q, k, v, borders((19, 19)), borders((23, 23)), 19, 23)
+    torch.testing.assert_close(ours.view(2, 19, 4, 5).transpose(1, 2), flash_attention(*heads_first))
 
 
 def test_lengths_known_to_python_stand_for_the_borders(reference, monkeypatch):
@@ -155,8 +184,13 @@ def test_flash_attn_serves_half_precision_on_a_gpu_where_it_is_installed(monkeyp
     ({"cu_seqlens_q": borders(LENGTHS_Q).long()}, r"cu_seqlens_q must be one row of int32.*got torch.int64 \[7\]"),
     ({"cu_seqlens_k": borders((34,))}, "queries and keys must be as many sequences, got 6 and 1"),
     ({"cu_seqlens_q": borders((5, 0, 13, 4, 1, 2))}, r"of the lengths \[5, 0, 13, 4, 1, 2\] do not fill the 26 tokens of q"),
-    ({"lengths_k": (34,)}, "queries and keys must be as many sequences, got 6 and 1"),
+    ({"lengths_k": (34,)}, "lengths_k and cu_seqlens_k must be as many sequences, got 1 and 6"),
+    ({"lengths_q": (4, 1, 13, 4, 1, 3)}, r"cu_seqlens_q must be \[0, 4, 5, 18, .*got \[0, 5, 5, 18"),
+    ({"cu_seqlens_k": borders(LENGTHS_K) + 2}, r"cu_seqlens_k must be \[0, 7, 10, 23, .*got \[2, 9, 12, 25"),
+    ({"max_seqlen_q": 12}, "max_seqlen_q must be 13, the longest sequence of q, or more, got 12"),
+    ({"max_seqlen_k": 12, "lengths_k": LENGTHS_K}, "max_seqlen_k must be 13, the longest sequence of k, or more, got 12"),
     ({"dropout_p": -0.1}, r"dropout_p must lie in \[0, 1\)"),
+    ({"causal": "top_left"}, "the last query of a sequence with its last key, got causal='top_left'; pass True"),
 ])
 def test_what_does_not_fit_is_told(change, message):
     arguments = {"q": torch.zeros(26, 4, 6), "k": torch.zeros(34, 2, 6), "v": torch.zeros(34, 2, 5), "cu_seqlens_q": borders(LENGTHS_Q),

@@ -4,7 +4,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from visionkit.ops import flash_attention
+from visionkit.ops import flash_attention, varlen_attention
 
 triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")   # NumPy's
@@ -119,6 +119,41 @@ def test_borders_beyond_the_tokens_touch_nothing(on_tier, device):
     borders[2] = 20
     expected = on_tier("triton", lambda: torch.ops.visionkit.varlen_attention(q, k, v, borders, borders, None, 12, 12, 0.5, 0.0, -1, -1)[0])
     assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("end, longest", [(8, 8), (20, 8)], ids=["borders", "longest"])
+def test_tokens_that_borders_or_longest_leave_out_have_no_gradient(on_tier, device, monkeypatch, end, longest):
+    """They read 0 too, whatever the memory held before; the others are as ever."""
+    def used_before(empty):
+        def function(*arguments, **options):
+            memory = empty(*arguments, **options)
+            return memory.fill_(float("nan")) if memory.is_floating_point() else memory
+        return function
+
+    for place, name in ((torch.Tensor, "new_empty"), (torch, "empty_like")):
+        monkeypatch.setattr(place, name, used_before(getattr(place, name)))
+    inputs = [tensor.detach()[0].transpose(0, 1).to(device).requires_grad_() for tensor in tokens(heads=1, queries=20, keys=20)]
+
+    def with_gradients(count, *numbers):
+        borders = torch.tensor([0, min(end, count)], dtype=torch.int32, device=device)
+        output = varlen_attention(*(tensor[:count] for tensor in inputs), borders, borders, *numbers)
+        return output, *torch.autograd.grad(output.sum(), inputs)
+
+    results = on_tier("triton", with_gradients, 20, longest, longest)
+    assert all(tensor.isfinite().all() for tensor in results)
+    expected = on_tier("triton", with_gradients, end, end, end)
+    torch.testing.assert_close(results[0][:longest], expected[0][:longest])
+    if end == 8:
+        torch.testing.assert_close(results[1:], expected[1:])
+        assert not results[0][8:].any()
+
+
+def test_lengths_that_fall_short_are_told_without_asking_the_device(on_tier, device):
+    q, k, v = (tensor.detach()[0].transpose(0, 1).to(device) for tensor in tokens(queries=20, keys=20))
+    borders = torch.tensor([0, 8, 20], dtype=torch.int32, device=device)
+    for numbers, lengths, message in (((12, 12), (8, 8), "do not fill the 20 tokens of q"), ((12, 11), (8, 12), "max_seqlen_k must be 12")):
+        with pytest.raises(ValueError, match=message):
+            on_tier("triton", lambda: varlen_attention(q, k, v, borders, borders, *numbers, lengths_q=lengths))  # noqa: B023
 
 
 def test_gradients_are_the_same_bits_every_time(on_tier, device):

@@ -1,17 +1,17 @@
 """One call for softmax attention, and which kernel serves it."""
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkit.ops import tiers
+from visionkit.ops.attention import sdpa
 from visionkit.ops.attention.flash import fits_kernels, flash_attention
-from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, in_autocast_type
-from visionkit.ops.attention.sdpa import as_sdpa_knows, banded_sdpa
+from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, check_softcap, in_autocast_type
+from visionkit.ops.attention.sdpa import as_sdpa_knows, banded_sdpa, kept_by_sdpa
 from visionkit.ops.tiers import Tier
 from visionkit.registry import OPS
-
-_LARGEST_MATRIX = 256 << 20                                  # bytes of scores or of a mask that PyTorch's attention may keep
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool | str = False,
@@ -54,6 +54,7 @@ def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
     """
     check_heads_first(query, key, value)
     check_dropout(dropout_p)
+    check_softcap(softcap)
     left, right, top_left = band(causal, window)
     unknown = [name for name, given in (("softcap", softcap > 0), ("alibi_slopes", alibi_slopes is not None),
                                         ("block_mask", block_mask is not None)) if given]
@@ -61,26 +62,38 @@ def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
         if unknown or left >= 0 or right >= 0:
             raise ValueError("mask stands alone: write into it what causal, window, alibi_slopes or block_mask would say, and leave them "
                              f"out; got {', '.join([*unknown, *(['causal or window'] if max(left, right) >= 0 else [])])} beside it")
+        _check_mask(mask, query, key)
         return Tier("sdpa", "only PyTorch's attention takes a mask of any form")
     flash = tiers.tier("flash_attention", query.device, query.dtype)
     if not fits_kernels(query, value):
         flash = Tier("portable", "a row is too long for the Triton kernels")
     if unknown:
         return Tier(flash.name, f"PyTorch's attention knows no {' and no '.join(unknown)}; {flash.reason}")
-    queries, keys = query.shape[2], key.shape[2]
-    if not as_sdpa_knows(queries, keys, left, right, top_left):
-        if flash.name == "triton":
-            return Tier("triton", f"PyTorch's attention needs a mask for this causal or window; {flash.reason}")
-        if queries * keys > _LARGEST_MATRIX:
-            return Tier(flash.name, f"the mask that PyTorch's attention needs for this causal or window has {queries} x {keys} entries; "
-                                    f"{flash.reason}")
+    masked = not as_sdpa_knows(query.shape[2], key.shape[2], left, right, top_left)
+    if masked and flash.name == "triton":
+        return Tier("triton", f"PyTorch's attention needs a mask for this causal or window; {flash.reason}")
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and flash.name == "triton" and (query.dtype == torch.float32 or query.shape[3] != value.shape[3]):
+        return Tier("triton", f"PyTorch's kernels for CUDA know grouped heads only in half precision with values as wide as keys, and else "
+                              f"all scores are kept; {flash.reason}")
+    size, what = kept_by_sdpa(query, key, value, left, right, top_left=top_left, dropout_p=dropout_p)
+    if size > sdpa.LARGEST_MATRIX:
+        return Tier(flash.name, f"PyTorch's attention keeps {what}, {size / 2**20:.0f} MiB; {flash.reason}")
+    if masked:
         return Tier("sdpa", "with a mask for this causal or window, faster than tiles on a CPU")
-    if query.device.type == "cpu" and (dropout_p or query.shape[3] != value.shape[3]):
-        size = query.shape[0] * query.shape[1] * queries * keys * query.element_size()
-        if size > _LARGEST_MATRIX:
-            what = "dropout" if dropout_p else "values of another width than keys"
-            return Tier(flash.name, f"with {what}, PyTorch's attention keeps all scores, {size / 2**20:.0f} MiB; {flash.reason}")
     return Tier("sdpa", "PyTorch's own is the fastest where it knows all that is asked")
+
+
+def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
+    scores = (*query.shape[:3], key.shape[2])
+    if not 2 <= mask.ndim <= 4 or any(size not in (1, wanted) for size, wanted in zip(mask.shape, scores[-mask.ndim:], strict=True)):
+        raise ValueError(f"mask must broadcast to [B, H, N, M] = {list(scores)} and have N and M at least, got {list(mask.shape)}; a mask "
+                         f"of keys [B, M] is mask[:, None, None]")
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise ValueError(f"mask must be bool, true where a query sees a key, or numbers to add in float32 or the type of the queries, got "
+                         f"{mask.dtype} beside {query.dtype}")
+    if mask.device != query.device:
+        raise ValueError(f"query is on {query.device}, mask on {mask.device}; move one")
 
 
 @OPS.register_module()
@@ -92,6 +105,7 @@ class Attention(nn.Module):
         super().__init__()
         band(causal, window)
         check_dropout(dropout_p)
+        check_softcap(softcap)
         self.causal, self.scale, self.window, self.dropout_p, self.softcap = causal, scale, window, dropout_p, softcap
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

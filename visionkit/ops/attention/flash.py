@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from visionkit.ops.attention.dropout import draw_seed, kept
-from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, in_autocast_type
+from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, check_softcap, in_autocast_type, without_autocast
 from visionkit.ops.tiers import kernels
 from visionkit.registry import OPS
 
@@ -33,7 +33,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool |
     A query that sees no key reads 0. Sums are made in float32, or in float64 for inputs of that type.
 
     Args:
-        query: [B, H, N, D].
+        query: [B, H, N, D], PyTorch's layout; flash-attn's [B, N, H, D] cannot be told from it, so `transpose(1, 2)` such tensors.
         key: [B, H_kv, M, D]; H is a multiple of H_kv, and query head h reads key head h // (H / H_kv).
         value: [B, H_kv, M, D_v].
         causal: a query sees no later key. "bottom_right", which is what True means, aligns the last query with the last key, as flash-attn
@@ -72,8 +72,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool |
 def _check_extras(query: Tensor, key: Tensor, softcap: float, alibi_slopes: Tensor | None, block_mask: Tensor | None,
                   block_size: int) -> None:
     images, heads, queries, _ = query.shape
-    if softcap < 0:
-        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
+    check_softcap(softcap)
     if alibi_slopes is not None and alibi_slopes.shape not in ((heads,), (images, heads)):
         raise ValueError(f"alibi_slopes must be [H] = [{heads}] or [B, H] = [{images}, {heads}], got {list(alibi_slopes.shape)}")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
@@ -98,6 +97,7 @@ class FlashAttention(nn.Module):
         super().__init__()
         band(causal, window)
         check_dropout(dropout_p)
+        check_softcap(softcap)
         self.causal, self.scale, self.window, self.dropout_p, self.softcap = causal, scale, window, dropout_p, softcap
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def _without_autocast(function: Callable[..., None]) -> Callable[..., None]:
     """`function`, its products in the type of their factors: autocast reaches into an op and would make them in half precision."""
     @functools.wraps(function)
     def run(tensor: Tensor, *arguments) -> None:
-        with torch.autocast(tensor.device.type, enabled=False):
+        with without_autocast(tensor.device):
             function(tensor, *arguments)
     return run
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionkit.ops.attention.inputs import check_borders, check_heads_first, check_packed, in_autocast_type
+from visionkit.ops.attention.inputs import check_heads_first, check_lengths, check_packed, in_autocast_type, without_autocast
 from visionkit.registry import OPS
 
 # B images, H heads, N queries, S keys, D channels of queries and keys, M of values
@@ -37,7 +37,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool 
         key: [B, H, S, D]; S = N where `causal`.
         value: [B, H, S, M].
         causal: a query sees no later key (eq. 9 to 12), by chunks: within one, masked scores; before it, the sums of all chunks.
-        valid: [B, S] bool, false for keys that count for nothing, such as padding.
+        valid: [B, S] bool, false for keys that count for nothing, such as padding, whatever they and their values hold.
         normalise: divide by feature(q) . sum of feature(k), plus 1e-6; else the numerator is the result.
         chunk: tokens; the larger of 64 and D by default, so that the sums take no more room than the values. Any makes the same.
         state: sums of keys and values that come before; all queries see them.
@@ -61,10 +61,11 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool 
         raise ValueError(f"chunk is a number of tokens, got {chunk}")
     if state is not None:
         _check_state(state, key, value)
-    with torch.autocast(query.device.type, enabled=False):                  # which would make products of float32 in half precision
+    with without_autocast(query.device):                                    # which would make products of float32 in half precision
+        if valid is not None:                                               # features of 0; a product with 0 would leave NaN and infinity
+            hidden = ~valid[:, None, :, None]
+            key, value = key.masked_fill(hidden, -torch.inf), value.masked_fill(hidden, 0)
         q, k, v = _features(query), _features(key), _wide(value)
-        if valid is not None:
-            k = k * valid[:, None, :, None]
         if causal and query.shape[2] > chunk:
             numerator, denominator, state = _by_chunks(q, k, v, chunk, state)
         else:
@@ -126,7 +127,8 @@ def varlen_linear_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tenso
         lengths_k = lengths_q
     lengths_q = cu_seqlens_q.diff().tolist() if lengths_q is None else list(lengths_q)
     lengths_k = cu_seqlens_k.diff().tolist() if lengths_k is None else list(lengths_k)
-    check_borders(lengths_q, lengths_k, q, k)
+    check_lengths("q", lengths_q, q, cu_seqlens_q)
+    check_lengths("k", lengths_k, k, cu_seqlens_k)
     heads_first = (tensor.transpose(0, 1).split(lengths, 1) for tensor, lengths in ((q, lengths_q), (k, lengths_k), (v, lengths_k)))
     outputs = [linear_attention(query[None], key[None], value[None], causal=causal, normalise=normalise, chunk=chunk)[0].transpose(0, 1)
                for query, key, value in zip(*heads_first, strict=True)]
@@ -142,7 +144,7 @@ def efficient_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor
         query: [B, H, N, D].
         key: [B, H, S, D].
         value: [B, H, S, M].
-        valid: [B, S] bool, false for keys that count for nothing, such as padding.
+        valid: [B, S] bool, false for keys that count for nothing, such as padding, whatever they and their values hold.
         causal: refused.
 
     Returns:
@@ -157,15 +159,16 @@ def efficient_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor
     query, key, value = in_autocast_type(query, key, value)
     check_heads_first(query, key, value, grouped=False)
     _check_valid(valid, key)
-    with torch.autocast(query.device.type, enabled=False):
-        k = _wide(key)
+    with without_autocast(query.device):
+        k, v = _wide(key), _wide(value)
         if valid is not None:
             hidden = ~valid[:, None, :, None]
+            v = v.masked_fill(hidden, 0)
             k = k.masked_fill(hidden, torch.finfo(k.dtype).min)             # minus infinity would make NaN of a row without valid keys
         shares = k.softmax(2)
         if valid is not None:
             shares = shares.masked_fill(hidden, 0)
-        output = _wide(query).softmax(3) @ (shares.transpose(2, 3) @ _wide(value))
+        output = _wide(query).softmax(3) @ (shares.transpose(2, 3) @ v)
     return output.to(query.dtype)
 
 

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGEST_MATRIX = 256 << 20                                   # bytes of scores and of a mask that PyTorch's attention may keep
+
 
 def banded_sdpa(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, *, top_left: bool = False, dropout_p: float = 0.0,
                 scale: float | None = None) -> Tensor:
@@ -40,6 +42,21 @@ def as_sdpa_knows(queries: int, keys: int, left: int, right: int, top_left: bool
     return left < 0 and (right < 0 or (right == 0 and offset <= 0))
 
 
+def kept_by_sdpa(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, *, top_left: bool = False,
+                 dropout_p: float = 0.0) -> tuple[int, str]:
+    """Bytes that grow with queries x keys in `banded_sdpa`, and what they hold: a mask, which is copied into numbers to add, and all scores
+    where the kernel for CPUs does not know what is asked."""
+    queries, keys = query.shape[2], key.shape[2]
+    size, reasons = 0, []
+    if not as_sdpa_knows(queries, keys, left, right, top_left):
+        size += queries * keys * (1 + query.element_size())
+        reasons.append("a mask for this causal or window")
+    if query.device.type == "cpu" and (dropout_p or query.shape[3] != value.shape[3]):
+        size += query.shape[0] * query.shape[1] * queries * keys * query.element_size()
+        reasons.append(f"all scores for {'dropout' if dropout_p else 'values of another width than keys'}")
+    return size, " and ".join(reasons)
+
+
 def _where_they_hide(queries: int, keys: int, left: int, right: int, offset: int) -> tuple[int, int]:
     """`left` and `right`, -1 where no key is hidden by them."""
     if offset + right >= keys - 1:                           # the first query sees to the last key
@@ -51,10 +68,8 @@ def _where_they_hide(queries: int, keys: int, left: int, right: int, offset: int
 
 def visible(queries: int, keys: int, left: int, right: int, offset: int, device: torch.device) -> Tensor:
     """Which keys each query sees, [N, M] bool: those from i + offset - left to i + offset + right."""
-    distance = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None] - offset
-    seen = torch.ones_like(distance, dtype=torch.bool)
-    if right >= 0:
-        seen &= distance <= right
-    if left >= 0:
-        seen &= distance >= -left
-    return seen
+    row, column = torch.arange(queries, device=device)[:, None] + offset, torch.arange(keys, device=device)
+    if left < 0:
+        return column <= row + right if right >= 0 else torch.ones(queries, keys, dtype=torch.bool, device=device)
+    seen = column >= row - left
+    return seen & (column <= row + right) if right >= 0 else seen

@@ -7,10 +7,20 @@ import torch
 from torch import Tensor
 
 from visionkit.ops import tiers
+from visionkit.ops.attention import sdpa
 from visionkit.ops.attention.dropout import draw_seed
-from visionkit.ops.attention.flash import Dropout, Scores, attend, attend_backward, fits_kernels, group_heads, no_second_derivative
-from visionkit.ops.attention.inputs import band, check_borders, check_dropout, check_packed, in_autocast_type
-from visionkit.ops.attention.sdpa import banded_sdpa
+from visionkit.ops.attention.flash import (
+    Dropout,
+    Scores,
+    attend,
+    attend_backward,
+    fits_kernels,
+    flash_attention,
+    group_heads,
+    no_second_derivative,
+)
+from visionkit.ops.attention.inputs import band, check_dropout, check_lengths, check_packed, in_autocast_type
+from visionkit.ops.attention.sdpa import banded_sdpa, kept_by_sdpa
 from visionkit.ops.tiers import kernels
 
 # T query and S key tokens of all sequences, H heads of D channels, H_kv heads of keys and values, of D and D_v channels
@@ -24,6 +34,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
 
     On a GPU a Triton kernel, or flash-attn where it is installed, takes all sequences at once; elsewhere each is a call of PyTorch's
     `scaled_dot_product_attention`, on views. A query that sees no key reads 0.
+
+    Borders on a GPU are not read, so only lengths in Python are checked there: without them, tokens that `cu_seqlens` or a `max_seqlen`
+    leave out read 0 and have a gradient of 0 in the Triton kernels, without an error.
 
     Args:
         q: [T, H, D], the sequences one after the other.
@@ -51,17 +64,25 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     q, k, v = in_autocast_type(q, k, v)
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_dropout(dropout_p)
-    left, right, _ = band(causal, window_size)
+    left, right, top_left = band(causal, window_size)
+    if top_left:
+        raise ValueError("varlen_attention aligns the last query of a sequence with its last key, got causal='top_left'; pass True, or "
+                         "call attention for each sequence")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if lengths_k is None and cu_seqlens_k is cu_seqlens_q:
         lengths_k = lengths_q
     chosen = tiers.tier("varlen_attention", q.device, q.dtype).name
     if not fits_kernels(q, v):
         chosen = "portable"
-    if chosen == "portable" and not torch.compiler.is_compiling():
-        return _by_sequence(q, k, v, *_lengths(cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k), dropout_p, scale, left, right)
-    max_seqlen_q = _longest(cu_seqlens_q, lengths_q, max_seqlen_q)
-    max_seqlen_k = _longest(cu_seqlens_k, lengths_k, max_seqlen_k)
+    by_sequence = chosen == "portable" and not torch.compiler.is_compiling() and not q.is_meta
+    if by_sequence:
+        lengths_q, lengths_k = _lengths(cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k)
+    check_lengths("q", lengths_q, q, cu_seqlens_q, max_seqlen_q)
+    check_lengths("k", lengths_k, k, cu_seqlens_k, max_seqlen_k)
+    if by_sequence:
+        return _by_sequence(q, k, v, lengths_q, lengths_k, dropout_p, scale, left, right)
+    max_seqlen_q = _longest(q, cu_seqlens_q, lengths_q, max_seqlen_q)
+    max_seqlen_k = _longest(k, cu_seqlens_k, lengths_k, max_seqlen_k)
     if chosen == "flash_attn" and v.shape[2] == q.shape[2]:
         from flash_attn import flash_attn_varlen_func
         return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, scale,
@@ -79,21 +100,29 @@ def _lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, lengths_q: Sequence[int
     return of_queries, cu_seqlens_k.diff().tolist() if lengths_k is None else list(lengths_k)
 
 
-def _longest(cu_seqlens: Tensor, lengths: Sequence[int] | None, longest: int | None) -> int:
+def _longest(tokens: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | None, longest: int | None) -> int:
     if longest is not None:
         return longest
     if lengths is not None:
         return max(lengths, default=0)
+    if cu_seqlens.is_meta:                                   # which hold no numbers
+        return len(tokens)
     return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
 
 
 def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int], dropout_p: float, scale: float, left: int,
                  right: int) -> Tensor:
-    """A call of SDPA for each sequence: on a CPU faster than a padded batch, a mask of all, or nested tensors."""
-    check_borders(lengths_q, lengths_k, q, k)
+    """A call of SDPA for each sequence: on a CPU faster than a padded batch, a mask of all, or nested tensors. Long ones of which it would
+    keep a large matrix go to tiles, as in `attention`."""
     heads_first = (tensor.transpose(0, 1).split(lengths, 1) for tensor, lengths in ((q, lengths_q), (k, lengths_k), (v, lengths_k)))
-    outputs = [banded_sdpa(query[None], key[None], value[None], left, right, dropout_p=dropout_p, scale=scale)[0].transpose(0, 1)
-               for query, key, value in zip(*heads_first, strict=True)]
+    outputs = []
+    for sequence in zip(*heads_first, strict=True):
+        query, key, value = (tensor[None] for tensor in sequence)
+        if kept_by_sdpa(query, key, value, left, right, dropout_p=dropout_p)[0] > sdpa.LARGEST_MATRIX:
+            output = flash_attention(query, key, value, scale=scale, window=(left, right), dropout_p=dropout_p)
+        else:
+            output = banded_sdpa(query, key, value, left, right, dropout_p=dropout_p, scale=scale)
+        outputs.append(output[0].transpose(0, 1))
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat(outputs) if outputs else q.new_zeros(0, q.shape[1], v.shape[2])
@@ -128,7 +157,8 @@ def _sequences(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
                left: int, right: int) -> list[tuple[slice, slice, Scores, Dropout | None]]:
     """Of each sequence: its queries, its keys, its scores and dropout."""
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    check_borders(lengths_q, lengths_k, q, k)
+    check_lengths("q", lengths_q, q, cu_seqlens_q)
+    check_lengths("k", lengths_k, k, cu_seqlens_k)
     first_rows = (torch.arange(q.shape[1], device=q.device) * len(q)).view(1, k.shape[1], -1)
     sequences, start_q, start_k = [], 0, 0
     for queries, keys in zip(lengths_q, lengths_k, strict=True):
