@@ -84,8 +84,8 @@ def test_the_packed_layout_is_that_of_flash_attn_and_the_other_is_that_of_pytorc
 def test_lengths_known_to_python_stand_for_the_borders(reference, monkeypatch):
     inputs, cu_seqlens = packed(LENGTHS_Q, LENGTHS_Q), borders(LENGTHS_Q)
     expected = varlen_attention(*inputs, cu_seqlens, cu_seqlens)
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("the borders are read off the device"))
     sequence = PackedSequence.of_lengths(inputs[0], LENGTHS_Q)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("the borders are read off the device"))
     assert torch.equal(varlen_attention(*inputs, cu_seqlens, cu_seqlens, lengths_q=sequence.lengths), expected)
     assert torch.equal(varlen_attention(*inputs, cu_seqlens, cu_seqlens.clone(), lengths_q=LENGTHS_Q, lengths_k=LENGTHS_Q), expected)
 
