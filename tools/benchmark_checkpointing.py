@@ -24,12 +24,20 @@ def main() -> int:
     from visionkit.engine import load_config
     from visionkit.engine.checkpointing_benchmark import as_table, measure_checkpointing, switched
     from visionkit.engine.command_line import run_command
-    from visionkit.ops.checkpointing import POLICIES
+    from visionkit.ops.checkpointing import POLICIES, Checkpointing
+    from visionkit.registry import ConfigError
 
     def command() -> int:
+        if arguments.iterations < 1:
+            raise ConfigError(f"--iterations is 1 or more, got {arguments.iterations}")
+        for policy in arguments.policies or ():
+            Checkpointing.of(policy)                         # before anything is measured
         cfg = load_config(arguments.config, arguments.cfg_options)
+        _, places = switched(cfg.get("model", {}), "none")
+        if "train_dataloader" not in cfg:
+            raise ConfigError(f"{arguments.config} has no train_dataloader whose images could be trained on")
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of {arguments.iterations} steps; "
-              f"set in {', '.join(switched(cfg.model, 'none')[1])}")
+              f"set in {', '.join(places)}")
         policies = dict.fromkeys(("none", *(arguments.policies or POLICIES)))
         table = as_table(measure_checkpointing(cfg, arguments.iterations, list(policies)))
         Console(width=None if sys.stdout.isatty() else 140).print(table)

@@ -18,6 +18,15 @@ def test_it_prints_a_row_for_each_policy_after_none(tool, monkeypatch, capsys):
     assert [line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")] == ["none", "sqrt"]
 
 
+def test_wrong_arguments_are_told_before_anything_is_measured(tool, tmp_path, capsys):
+    config = tmp_path / "config.py"
+    config.write_text("model = dict(type='ImageClassifier', backbone=dict(type='ConvBlocks'), num_classes=2)")
+    for arguments, message in ((("--policies", "sqr"), "Did you mean 'sqrt'"), (("--iterations", 0), "--iterations is 1 or more, got 0"),
+                               ((), "has no train_dataloader")):
+        assert tool("benchmark_checkpointing", config, *arguments) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_model_without_the_switch_is_one_message(tool, tmp_path, capsys):
     (tmp_path / "config.py").write_text("model = dict(type='NoSuchModel')")
     assert tool("benchmark_checkpointing", tmp_path / "config.py") == 2

@@ -21,6 +21,19 @@ def test_what_the_config_says_is_the_default(project, tool, capsys):
     assert "6 to" not in capsys.readouterr().out
 
 
+def test_a_config_without_images_is_one_message(project, tool, capsys):
+    with open("empty.py", "w") as file:
+        file.write("x = 1")
+    assert tool("report_packing", "empty.py", "--max-tokens", "50") == 2
+    assert "empty.py has no train_dataloader" in capsys.readouterr().err
+
+
+def test_a_length_that_python_cannot_read_is_one_message(project, tool, capsys):
+    with pytest.raises(SystemExit):
+        tool("report_packing", "config.py", "--max-tokens", "50", "--length", "{'type':")
+    assert "--length: must be a name or a dict as Python writes it, got {'type':" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "say how many tokens a pack holds, --max-tokens"),
     (["--max-tokens", "50", "--packers", "best"], "no packer named 'best'. Did you mean"),

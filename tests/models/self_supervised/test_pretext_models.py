@@ -168,7 +168,7 @@ def test_of_images_of_their_own_sizes_too_padding_is_refused_and_other_puzzles_w
     padded = ImageList.pad([torch.zeros(3, 28, 30)], divisor=28)
     with pytest.raises(ValueError, match="an image of 28x30 is padded to 28x56; end the pipeline with.*RandomNativeResize"):
         native_rotation()(padded)
-    with pytest.raises(ValueError, match="this puzzle is cut out of images of one size.*ImagePreprocessor"):
+    with pytest.raises(ValueError, match="Jigsaw computes on images in one tensor.*ImagePreprocessor"):
         build("jigsaw")(ImageList((torch.zeros(3, 96, 96),)))
 
 

@@ -32,11 +32,8 @@ def whole_images(images: ImageBatch) -> Tensor:
     """[B, 3, H, W] of a batch without padding, whose place in a view or patch would give the answer away.
 
     Raises:
-        ValueError: an image is padded, or each has a tensor of its own.
+        ValueError: an image is padded.
     """
-    if isinstance(images, ImageList):
-        raise ValueError("this puzzle is cut out of images of one size in one tensor, and each image here has a tensor of its own; take "
-                         "data_preprocessor=dict(type='ImagePreprocessor')")
     if images.padded:
         height, width = images.tensor.shape[2:]
         smaller = next(size for size in images.sizes if size != (height, width))
