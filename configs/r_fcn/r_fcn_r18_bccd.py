@@ -1,4 +1,4 @@
-"""R-FCN R18 with 3x3 bins on BCCD at 320x240, 30 epochs from scratch. Box AP 0.486, AP50 0.881, AP75 0.515 on the test split, seed 0
+"""R-FCN R18 with 3x3 bins on BCCD at 320x240, 30 epochs from scratch. Box AP 0.497, AP50 0.888, AP75 0.533 on the test split, seed 0
 (docs/benchmarks.md); 18 minutes on 2 CPU cores.
 
 VISIONKIT_DATA=where/the/data/is python tools/train.py configs/r_fcn/r_fcn_r18_bccd.py
