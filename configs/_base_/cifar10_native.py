@@ -38,21 +38,6 @@ val_dataloader = dict(
 )
 val_evaluator = dict(type="Accuracy")
 val_cfg = dict(type="ValLoop")
-test_dataloader = dict(
-    batch_size=100,
-    num_workers=1,
-    worker_init_fn=dict(type="worker_init"),
-    sampler=dict(type="DrawSampler", shuffle=False),
-    dataset=dict(
-        type="ImageFolder",
-        data_root="data/cifar10/test/",
-        test_mode=True,
-        pipeline=[
-            dict(type="LoadImageFromFile"),
-            dict(type="RandomNativeResize", multiple=28, low=56, high=112),
-            dict(type="PackSample"),
-        ],
-    ),
-)
-test_evaluator = dict(type="Accuracy")
+test_dataloader = val_dataloader
+test_evaluator = val_evaluator
 test_cfg = dict(type="TestLoop")

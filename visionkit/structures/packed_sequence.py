@@ -96,9 +96,8 @@ class PackedSequence:
 
     def to_padded(self, value: float = 0.0) -> tuple[Tensor, Tensor]:
         """As a batch [n, L, ...], L the longest length, each sequence followed by `value`, and [n, L] bool, false on that padding."""
-        padded = self.tokens.new_full((len(self), self.max_seqlen, *self.tokens.shape[1:]), value)
-        if len(self):
-            padded = torch.nn.utils.rnn.pad_sequence(list(self.split()), batch_first=True, padding_value=value)
+        padded = (torch.nn.utils.rnn.pad_sequence(list(self.split()), batch_first=True, padding_value=value) if len(self)
+                  else self.tokens.new_zeros(0, 0, *self.tokens.shape[1:]))
         places = torch.arange(padded.shape[1], device=padded.device)
         return padded, places < self.cu_seqlens.diff()[:, None]
 

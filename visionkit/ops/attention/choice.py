@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from visionkit.ops import tiers
 from visionkit.ops.attention import sdpa
-from visionkit.ops.attention.flash import fits_kernels, flash_attention
+from visionkit.ops.attention.flash import FlashAttention, fits_kernels, flash_attention
 from visionkit.ops.attention.inputs import band, check_dropout, check_heads_first, check_softcap, in_autocast_type
 from visionkit.ops.attention.sdpa import as_sdpa_knows, banded_sdpa, kept_by_sdpa
 from visionkit.ops.tiers import Tier
@@ -97,16 +97,8 @@ def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
 
 
 @OPS.register_module()
-class Attention(nn.Module):
+class Attention(FlashAttention):
     """`attention` as a module without weights; projections belong to the layer that uses it. No dropout in evaluation."""
-
-    def __init__(self, causal: bool | str = False, scale: float | None = None, window: tuple[int, int] | None = None,
-                 dropout_p: float = 0.0, softcap: float = 0.0) -> None:
-        super().__init__()
-        band(causal, window)
-        check_dropout(dropout_p)
-        check_softcap(softcap)
-        self.causal, self.scale, self.window, self.dropout_p, self.softcap = causal, scale, window, dropout_p, softcap
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         return attention(query, key, value, mask=mask, causal=self.causal, scale=self.scale, window=self.window,
