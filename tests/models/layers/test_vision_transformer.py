@@ -15,6 +15,7 @@ from visionkit.models.layers import (
     rotated,
     rotation_2d,
 )
+from visionkit.registry import ConfigError
 from visionkit.structures import ImageBatch, ImageList, PackedSequence
 
 
@@ -45,7 +46,7 @@ def test_images_of_a_batch_keep_the_padding_that_fills_their_patches_and_no_more
 @pytest.mark.parametrize("images", [ImageList((torch.zeros(3, 8, 8), torch.zeros(3, 8, 6))), torch.zeros(1, 3, 6, 8),
                                     ImageBatch(torch.zeros(2, 3, 6, 8), ((4, 4), (5, 8)))], ids=["list", "tensor", "batch"])
 def test_an_image_that_patches_do_not_fill_is_an_error(images):
-    with pytest.raises(ValueError, match=r"image \d has \d+x\d+ (in a canvas of \d+x\d+ )?pixels.*multiples of 4 only; take.*multiple=4"):
+    with pytest.raises(ConfigError, match=r"image \d has \d+x\d+ (in a canvas of \d+x\d+ )?pixels.*multiples of 4 only; take.*multiple=4"):
         patches_of(images, 4)
 
 

@@ -17,7 +17,7 @@ from visionkit.models.layers import (
     rotation_2d,
 )
 from visionkit.ops.checkpointing import Checkpointing
-from visionkit.registry import BACKBONES
+from visionkit.registry import BACKBONES, ConfigError
 from visionkit.structures import ImageBatch, ImageList, PackedSequence
 
 LONGEST_SIDE = 512                                           # patches; a side has fewer
@@ -91,13 +91,13 @@ class MoonViT(Trunk):
         each (`MLPProjector`); [T, C] where `merge` is None.
 
         Raises:
-            ValueError: an image is no multiple of the stride, or has a side of 512 patches or more.
+            ConfigError: an image is no multiple of the stride, or has a side of 512 patches or more.
         """
         patches = patches_of(images, self.patch_size, self.strides[0])
         for index, grid in enumerate(patches.grids):
             if max(grid) >= LONGEST_SIDE:
-                raise ValueError(f"image {index} has {grid[0]}x{grid[1]} patches, and a side has fewer than {LONGEST_SIDE}; crop "
-                                 f"it in the pipeline, or scale it down")
+                raise ConfigError(f"image {index} has {grid[0]}x{grid[1]} patches, and a side has fewer than {LONGEST_SIDE}; crop "
+                                  f"it in the pipeline, or scale it down")
         tokens = self.patch_embed(patches.tokens) + resized_positions(self.positions, patches.grids)
         rotation = rotation_2d(*patch_coordinates(patches), self.head_channels, self.rope_base)               # once, for all blocks
         tokens = self.encoder(patches.replace(tokens), rotation)

@@ -77,7 +77,7 @@ class ViT(Trunk):
         """Normalised images to tokens [T, C], see `returned`.
 
         Raises:
-            ValueError: an image is no multiple of `patch_size`.
+            ConfigError: an image is no multiple of `patch_size`.
         """
         patches = patches_of(images, self.patch_size)
         first = 0 if self.class_token is None else 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from visionkit.models.layers.transformer import FeedForward
 from visionkit.ops.attention import varlen_attention
 from visionkit.ops.checkpointing import Checkpointing, run_blocks
+from visionkit.registry import ConfigError
 from visionkit.structures import ImageBatch, ImageList, PackedSequence
 
 # n images of h x w patches, P pixels the side of a patch; T tokens of all images, C channels, H heads of D channels
@@ -33,7 +34,8 @@ def patches_of(images: ImageList | ImageBatch | Tensor, patch_size: int, divisor
         [T, 3 * P * P], channel by channel, with grids.
 
     Raises:
-        ValueError: these are no images, or one is no multiple of `divisor`, or the canvas of a batch ends before its patch does.
+        ValueError: these are no images.
+        ConfigError: an image is no multiple of `divisor`, or the canvas of a batch ends before its patch does.
     """
     divisor = divisor or patch_size
     if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
@@ -44,9 +46,9 @@ def patches_of(images: ImageList | ImageBatch | Tensor, patch_size: int, divisor
         if height % divisor or width % divisor:
             where = "x".join(map(str, images.sizes[index])) + f" in a canvas of {images.tensor.shape[2]}x{images.tensor.shape[3]}" if (
                 isinstance(images, ImageBatch)) else f"{height}x{width}"
-            raise ValueError(f"image {index} has {where} pixels, and patches fill multiples of {divisor} only; take "
-                             f"data_preprocessor=dict(type='NativeResolutionPreprocessor', multiple={divisor}), or "
-                             f"dict(type='ImagePreprocessor', pad_divisor={divisor}), or resize in the pipeline")
+            raise ConfigError(f"image {index} has {where} pixels, and patches fill multiples of {divisor} only; take "
+                              f"data_preprocessor=dict(type='NativeResolutionPreprocessor', multiple={divisor}), or "
+                              f"dict(type='ImagePreprocessor', pad_divisor={divisor}), or resize in the pipeline")
         grid = (height // patch_size, width // patch_size)
         cells = image.unflatten(2, (grid[1], patch_size)).unflatten(1, (grid[0], patch_size))                 # [3, h, P, w, P]
         sequences.append(cells.permute(1, 3, 0, 2, 4).reshape(grid[0] * grid[1], -1))
