@@ -568,3 +568,23 @@ def test_what_is_kept_must_not_be_changed_in_place():
     output = run_blocks([block], tokens(), checkpointing="selective")
     with pytest.raises(RuntimeError, match="has been mutated"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+@pytest.mark.parametrize("policy", ["every", "selective"])
+def test_a_compiled_chain_gives_the_same_and_updates_statistics_once(policy, norm):
+    found, expected = step_of_compiled(policy, norm, backend="aot_eager"), step_of_compiled(policy, norm, backend=None)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def step_of_compiled(policy, norm, backend):
+    """Output, gradients and buffers of a step of two blocks without dropout, compiled or, without a backend, as they are."""
+    blocks = chain(2, norm)
+    for block in blocks:
+        block.dropout.p = 0.0
+    run = functools.partial(run_blocks, blocks, checkpointing=policy)
+    torch._dynamo.reset()
+    x = tokens()
+    output = torch.compile(run, backend=backend)(x) if backend else run(x)
+    output.square().sum().backward()
+    return [output, x.grad, *(parameter.grad for parameter in blocks.parameters()), *blocks.buffers()]

@@ -141,6 +141,8 @@ def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool
             once only; a second time, as for gradients of gradients, is an error.
         keywords: further inputs, by name.
 
+    Inside `torch.compile` a block with batch normalisation, and any block with `selective`, runs uncompiled.
+
     Raises:
         RuntimeError: in the backward pass, where an input was changed in place since.
         torch.utils.checkpoint.CheckpointError: in the backward pass, where what the block saves for it differs the second time in number,
@@ -160,11 +162,15 @@ def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool
 
     norms = [module for module in _modules(block) if isinstance(module, _BatchNorm)]
     if checkpointing.policy == "selective":
-        keep = _keeps(checkpointing.keep)
-        return checkpoint(call, *leaves, *inside, use_reentrant=False, context_fn=lambda: _selective_contexts(keep, norms), **_SEEN)
+        return _checkpoint_with(functools.partial(_selective_contexts, _keeps(checkpointing.keep), norms), call, *leaves, *inside, **_SEEN)
     if norms:
-        return checkpoint(call, *leaves, *inside, use_reentrant=False, context_fn=lambda: (nullcontext(), _StatisticsKept(norms)))
-    return checkpoint(call, *leaves, *inside, use_reentrant=False)      # without contexts torch.compile takes it
+        return _checkpoint_with(lambda: (nullcontext(), _StatisticsKept(norms)), call, *leaves, *inside)
+    return checkpoint(call, *leaves, *inside, use_reentrant=False)
+
+
+@torch.compiler.disable(reason="torch.compile takes no context_fn of this kind; the block runs as it is, between compiled parts")
+def _checkpoint_with(contexts: Callable, call: Callable, *inputs: Any, **settings: Any) -> Any:
+    return checkpoint(call, *inputs, use_reentrant=False, context_fn=contexts, **settings)
 
 
 class _Segment:
