@@ -245,8 +245,9 @@ def test_a_loader_gives_the_batches_whatever_the_number_of_workers():
     (dict(packer=dict(type="BestFit", max_tokens=20)), r"^packer\.max_tokens: the limit stands once"),
     (dict(max_tokens="4096"), r"^max_tokens: .* a whole number; got '4096'"),
     (dict(max_tokens=99.5), r"^max_tokens: .* a whole number; got 99\.5"),
-    (dict(batch_size=0), "batch_size is how many packs"),
-    (dict(sampler=DefaultSampler(range(3))), "DrawSampler or an InfiniteDrawSampler, got DefaultSampler"),
+    (dict(batch_size=0), "^the loader's batch_size is how many packs"),
+    (dict(sampler=DefaultSampler(range(3))), "^packs are made .* the loader's sampler is a DefaultSampler"),
+    (dict(sampler=DrawSampler(Texts(0), seed=0)), "^the data set is empty"),
     (dict(max_tokens=0), "packer: BestFit: max_tokens is how many tokens"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_wrong_settings_are_told_with_their_place(change, message):
@@ -261,7 +262,7 @@ def test_a_length_may_be_a_name_as_a_packer_may():
 
 def test_uneven_processes_are_refused(monkeypatch):
     monkeypatch.setattr(sampler, "get_dist_info", lambda: (0, 2))
-    with pytest.raises(ConfigError, match="round_up=False asks for the opposite"):
+    with pytest.raises(ConfigError, match="^packs are dealt out evenly, and round_up=False of the loader's sampler"):
         PackedBatchSampler(DrawSampler(Texts(), round_up=False, seed=0), LIMIT)
 
 

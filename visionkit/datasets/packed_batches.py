@@ -56,19 +56,21 @@ class PackedBatchSampler(Sampler[list[Draw]]):
         filter_overlong: leave out samples that are longer than `max_tokens`; otherwise each is a pack of its own, which is above the limit.
 
     Raises:
-        ConfigError: another kind of sampler, or no sample that is short enough.
+        ConfigError: another kind of sampler, no samples, or none that is short enough; a setting of the wrong kind.
     """
 
     def __init__(self, sampler: DrawSampler | InfiniteDrawSampler, max_tokens: int, packer: str | Mapping[str, Any] = "best_fit",
                  length: str | Mapping[str, Any] | Callable[[Any, Draw], int] | None = None, batch_size: int = 1,
                  filter_overlong: bool = False) -> None:
         if not isinstance(sampler, (DrawSampler, InfiniteDrawSampler)):
-            raise ConfigError(f"packs are made from the order of a DrawSampler or an InfiniteDrawSampler, got {type(sampler).__name__}",
-                              ("sampler",))
+            raise ConfigError(f"packs are made from the order of a DrawSampler or an InfiniteDrawSampler; the loader's sampler is a "
+                              f"{type(sampler).__name__}")
+        if not len(sampler.dataset):
+            raise ConfigError("the data set is empty, so there is nothing to pack")
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size is how many packs a batch holds, 1 or more; got {batch_size}", ("batch_size",))
+            raise ConfigError(f"the loader's batch_size is how many packs a batch holds, 1 or more; got {batch_size!r}")
         if not getattr(sampler, "round_up", True) and sampler.world_size > 1:
-            raise ConfigError("packs are dealt out evenly, and round_up=False asks for the opposite; leave it out", ("sampler", "round_up"))
+            raise ConfigError("packs are dealt out evenly, and round_up=False of the loader's sampler asks for the opposite; leave it out")
         if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
             raise ConfigError(f"max_tokens is how many tokens a pack holds at most, a whole number; got {max_tokens!r}", ("max_tokens",))
         if not isinstance(packer, (str, Mapping)):
