@@ -1,4 +1,4 @@
-"""The three studies at sizes that say nothing of speed, but all of what is compared, printed and drawn."""
+"""The four studies at sizes that say nothing of speed, but all of what is compared, printed and drawn."""
 import subprocess
 import sys
 import time
@@ -34,6 +34,14 @@ def test_the_crossing_and_the_exponents_are_told_and_drawn(tool, capsys, tmp_pat
     assert "scaled_dot_product_attention, forward + backward: time grows with N^" in shown
     assert "efficient_attention" not in shown                               # which cannot be causal
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_of_generation_is_measured_forward_only(tool, capsys):
+    assert tool("benchmark_attention", "generation", "--lengths", 8, 16, "--heads", 2, "--channels", 4, "--repeats", 1) == 0
+    shown = capsys.readouterr().out
+    lines = [line.split(" | ")[1:4] for line in shown.splitlines() if line.startswith("| generation ")]
+    assert lines == [[tokens, "forward", way] for tokens in ("8", "16") for way in ("scaled_dot_product_attention", "linear_attention_step")]
+    assert "linear_attention_step, forward: time grows with N^" in shown
 
 
 def test_a_result_that_differs_is_reported(tool, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from visionkit.engine.memory import keep_freed_memory
 from visionkit.engine.op_benchmark import PASSES, Call, difference, in_turns
 from visionkit.ops import efficient_attention, flash_attention, linear_attention, varlen_attention
+from visionkit.ops.attention import linear_attention_step
 
 IMAGES = (64, 128, 196, 256, 400, 576, 784, 1024)            # tokens of images from 8x8 to 32x32 patches
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -99,6 +100,21 @@ def measure_linear(lengths: Sequence[int], *, heads: int = 1, channels: int = 64
                             device, dtype, same=False)
 
 
+def measure_generation(lengths: Sequence[int], *, heads: int = 8, channels: int = 64, repeats: int = 9, device: str = "cpu",
+                       dtype: torch.dtype = torch.float32) -> Iterator[AttentionCost]:
+    """One more token after so many: `linear_attention_step` with the state that they left, beside PyTorch's attention to all of them."""
+    token = _random([(1, heads, channels)] * 3, device, dtype)
+    for tokens in lengths:
+        cache = _random([(1, heads, tokens, channels)] * 3, device, dtype)
+        with torch.no_grad():
+            _, state = linear_attention(*cache, causal=True, return_state=True)
+        ways = {"scaled_dot_product_attention": lambda query, key, value: F.scaled_dot_product_attention(query[:, :, None], key, value),
+                "linear_attention_step": lambda query, key, value, state=state: linear_attention_step(query, key, value, state)[0]}
+        inputs = {"scaled_dot_product_attention": (token[0], *cache[1:]), "linear_attention_step": token}
+        yield from _measure("generation", tokens, {name: (way, inputs[name]) for name, way in ways.items()}, repeats, device, dtype,
+                            same=False, all_passes=PASSES[:1])
+
+
 def crossing(rows: Sequence[AttentionCost], way: str, passes: str) -> int | None:
     """The smallest measured number of tokens from which on `way` is always the faster one; None where it never is."""
     of_way = sorted((row for row in rows if (row.way, row.passes) == (way, passes)), key=lambda row: row.tokens)
@@ -144,10 +160,10 @@ def _random(shapes: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype) 
 
 
 def _measure(study: str, tokens: int, ways: dict[str, tuple[Callable, tuple]], repeats: int, device: str, dtype: torch.dtype,
-             same: bool = True) -> Iterator[AttentionCost]:
+             same: bool = True, all_passes: Sequence[str] = PASSES) -> Iterator[AttentionCost]:
     """All ways take turns; the first one is what the others are compared with."""
     keep_freed_memory()
-    for passes in PASSES:
+    for passes in all_passes:
         calls = [Call(way, inputs, passes) for way, inputs in ways.values()]
         first = calls[0]()
         apart = [difference(call(), first, _TOLERANCE[dtype]) if same else (None, None) for call in calls]
