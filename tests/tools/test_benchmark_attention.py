@@ -40,7 +40,8 @@ def test_a_step_of_generation_is_measured_forward_only(tool, capsys):
     assert tool("benchmark_attention", "generation", "--lengths", 8, 16, "--heads", 2, "--channels", 4, "--repeats", 1) == 0
     shown = capsys.readouterr().out
     lines = [line.split(" | ")[1:4] for line in shown.splitlines() if line.startswith("| generation ")]
-    assert lines == [[tokens, "forward", way] for tokens in ("8", "16") for way in ("scaled_dot_product_attention", "linear_attention_step")]
+    expected = [[tokens, "forward", way] for tokens in ("8", "16") for way in ("scaled_dot_product_attention", "linear_attention_step")]
+    assert lines == expected
     assert "linear_attention_step, forward: time grows with N^" in shown
 
 
