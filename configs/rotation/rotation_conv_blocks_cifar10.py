@@ -19,7 +19,7 @@ train_dataloader = dict(
 train_cfg = dict(type="IterLoop", max_iters=1150, val_interval=575)
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="SGD", lr=0.05, momentum=0.9, weight_decay=5e-4),
+    optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.05, fused=True),
 )
 param_scheduler = [dict(type="CosineAnnealingLR", T_max=1150, by_epoch=False, begin=0, end=1150)]
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=575, max_keep_ckpts=1))
