@@ -118,6 +118,16 @@ def test_seeded_sets_three_generators_and_restores_them():
     assert (torch.get_rng_state() == states[2]).all()
 
 
+def test_seeded_within_seeded_is_undone_one_by_one():
+    with seeded(5):
+        expected = [np.random.rand(), np.random.rand()]
+    with seeded(5):
+        first = np.random.rand()
+        with seeded(6), seeded(7):
+            np.random.rand(3)
+        assert [first, np.random.rand()] == expected
+
+
 def test_seeded_restores_after_an_error():
     state = random.getstate()
     with pytest.raises(KeyError), seeded(1):
