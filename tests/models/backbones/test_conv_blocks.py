@@ -13,6 +13,14 @@ def test_parameters_and_maps_are_those_of_the_published_experiment():
     assert [tuple(level.shape) for level in net(torch.zeros(2, 3, 32, 32))] == [(2, 32, 16, 16), (2, 64, 8, 8), (2, 96, 4, 4)]
 
 
+def test_weights_and_maps_lie_with_their_channels_side_by_side_also_once_loaded():
+    net = ConvBlocks((4, 6), 1)
+    net.load_state_dict({key: value.contiguous() for key, value in ConvBlocks((4, 6), 1).state_dict().items()})
+    held = [value for value in net.parameters() if value.ndim == 4] + list(net(torch.randn(2, 3, 8, 8)))
+    assert len(held) == 4
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in held)
+
+
 def test_odd_sizes_are_rounded_up_and_lose_no_pixel():
     net = ConvBlocks((4,), 1)
     net.blocks[0] = net.blocks[0][-1]                                                   # the pooling alone
