@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from visionkit.registry import MODELS
+from visionkit.registry import MODELS, ConfigError
 from visionkit.structures import ImageBatch, ImageList, Sample
 from visionkit.testing.module import check_gradients, check_state_dict
 
@@ -23,11 +23,17 @@ CONFIGS = {
 ANSWERS = {"rotation": (4, 4), "relative patch": (8, 8), "jigsaw": (8, 16)}             # puzzles an image, answers to choose from
 SIDE = 48
 every_model = pytest.mark.parametrize("name", CONFIGS)
+several_cells = pytest.mark.parametrize("pool", [1, 3])      # maps of 3x3: their mean, or all there is
 
 
 def build(name, **changes):
     torch.manual_seed(0)
     return MODELS.build(CONFIGS[name] | changes)
+
+
+def cells_of(maps, pool):
+    assert maps.shape[2:] == (3, 3)
+    return maps.mean((2, 3)) if pool == 1 else maps.flatten(1)
 
 
 def samples(count):
@@ -172,23 +178,25 @@ def test_of_images_of_their_own_sizes_too_padding_is_refused_and_other_puzzles_w
         build("jigsaw")(ImageList((torch.zeros(3, 96, 96),)))
 
 
-def test_the_centre_is_paired_with_each_neighbour_in_raster_order(pictures):
-    model, images = build("relative patch"), pictures(2, SIDE)
+@several_cells
+def test_the_centre_is_paired_with_each_neighbour_in_raster_order(pictures, pool):
+    model, images = build("relative patch", pool=pool), pictures(2, SIDE)
     seen, pairs = [], []
     model.puzzle.register_forward_hook(lambda _, __, puzzle: seen.append(puzzle.patches))
     model.head.register_forward_hook(lambda _, inputs, __: pairs.append(inputs))
     model.backbone.eval()
     model(images)
     centre, neighbour = (part.unflatten(0, (2, 8)) for part in pairs[0])
-    embeddings = model.backbone(seen[0].flatten(0, 1))[-1].mean((2, 3)).unflatten(0, (2, 9))
+    embeddings = cells_of(model.backbone(seen[0].flatten(0, 1))[-1], pool).unflatten(0, (2, 9))
     for index, cell in enumerate((0, 1, 2, 3, 5, 6, 7, 8)):
         torch.testing.assert_close(centre[:, index], embeddings[:, 4])
         torch.testing.assert_close(neighbour[:, index], embeddings[:, cell])
 
 
-def test_permuted_embeddings_are_those_of_permuted_tiles(pictures):
+@several_cells
+def test_permuted_embeddings_are_those_of_permuted_tiles(pictures, pool):
     """The long way of the paper: nine tiles put in an order, then through the trunk, for each of the orders."""
-    model, images = build("jigsaw").eval(), pictures(2, SIDE)
+    model, images = build("jigsaw", pool=pool).eval(), pictures(2, SIDE)
     with torch.no_grad():
         logits, labels = model(images)
         puzzle = model.puzzle(images.tensor)
@@ -196,9 +204,15 @@ def test_permuted_embeddings_are_those_of_permuted_tiles(pictures):
             for turn in range(8):
                 order = model.puzzle.permutations[labels[image, turn]]
                 shuffled = puzzle.tiles[image, order]
-                embeddings = model.backbone(shuffled)[-1].mean((2, 3))[None]
+                embeddings = cells_of(model.backbone(shuffled)[-1], pool)[None]
                 alone = model.head(embeddings, torch.arange(9).view(1, 1, 9))
                 torch.testing.assert_close(alone[0, 0], logits[image, turn], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["relative patch", "jigsaw"])
+def test_a_grid_of_no_cells_is_refused(name):
+    with pytest.raises(ConfigError, match="pool is how many cells"):
+        build(name, pool=0)
 
 
 def test_a_checkpoint_brings_its_permutations(pictures):

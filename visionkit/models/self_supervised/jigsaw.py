@@ -1,6 +1,7 @@
 """Jigsaw puzzles: features learned by finding the order of nine tiles (Noroozi and Favaro 2016, arXiv:1603.09246)."""
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkit.models.base import Model
@@ -18,25 +19,30 @@ class Jigsaw(Model):
     So a tile's embedding does not depend on where it is put: each tile goes through the trunk once, and its embeddings are put in T orders.
 
     Args:
-        backbone: tiles to feature maps, of which the last is averaged.
+        backbone: tiles to feature maps, of which the last is averaged over a grid of cells.
         head: nine embeddings in some orders to K logits for each order; by default `JigsawHead`.
         puzzle: images to tiles and orders, with K `permutations`; by default `JigsawTiles`.
+        pool: cells of that grid, each way; side by side they are the embedding. The papers' AlexNets keep where in a tile a thing
+            is; with 1, the mean of the whole map, what goes on beyond an edge is hard to tell.
         data_preprocessor: raw images to a batch, which must not be padded.
     """
 
     def __init__(self, backbone: dict | nn.Module, head: dict | nn.Module | None = None, puzzle: dict | nn.Module | None = None,
-                 data_preprocessor: dict | nn.Module | None = None) -> None:
+                 pool: int = 1, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(data_preprocessor)
+        if not isinstance(pool, int) or pool < 1:
+            raise ValueError(f"pool is how many cells a tile's map has each way, 1 or more; got {pool!r}")
+        self.pool = pool
         self.puzzle = TRANSFORMS.make(puzzle or {"type": "JigsawTiles"}, at="puzzle")
         self.backbone = BACKBONES.make(backbone, at="backbone")
-        self.head = HEADS.make(head or {"type": "JigsawHead"}, at="head", in_channels=self.backbone.out_channels[-1],
+        self.head = HEADS.make(head or {"type": "JigsawHead"}, at="head", in_channels=self.backbone.out_channels[-1] * pool**2,
                                num_answers=len(self.puzzle.permutations))
 
     def forward(self, images: ImageBatch) -> Answers:
         """Logits [B, T, K] of every puzzle, and the right orders [B, T]."""
         puzzle = self.puzzle(whole_images(images))
-        features = self.backbone(puzzle.tiles.flatten(0, 1))[-1]                             # [B * 9, D, h, w]
-        embeddings = features.mean((2, 3)).unflatten(0, puzzle.tiles.shape[:2])              # [B, 9, D]
+        features = self.backbone(puzzle.tiles.flatten(0, 1))[-1]                             # [B * 9, C, h, w]
+        embeddings = F.adaptive_avg_pool2d(features, self.pool).flatten(1).unflatten(0, puzzle.tiles.shape[:2])     # [B, 9, D]
         return Answers(self.head(embeddings, puzzle.orders), puzzle.labels)
 
     def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkit.models.base import Model
@@ -19,24 +20,29 @@ class RelativePatch(Model):
     Both patches of a pair go through the same trunk (fig. 3), so each of the nine goes through it once, and all eight pairs are asked.
 
     Args:
-        backbone: patches to feature maps, of which the last is averaged.
+        backbone: patches to feature maps, of which the last is averaged over a grid of cells.
         head: two embeddings to eight logits; by default `RelativePatchHead`.
         puzzle: images to nine patches; by default `PatchGrid` as in the paper, for images of at least 398x398.
+        pool: cells of that grid, each way; side by side they are the embedding. The papers' AlexNets keep where in a patch a thing
+            is; with 1, the mean of the whole map, what goes on beyond an edge is hard to tell.
         data_preprocessor: raw images to a batch, which must not be padded.
     """
 
     def __init__(self, backbone: dict | nn.Module, head: dict | nn.Module | None = None, puzzle: dict | nn.Module | None = None,
-                 data_preprocessor: dict | nn.Module | None = None) -> None:
+                 pool: int = 1, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(data_preprocessor)
+        if not isinstance(pool, int) or pool < 1:
+            raise ValueError(f"pool is how many cells a patch's map has each way, 1 or more; got {pool!r}")
+        self.pool = pool
         self.puzzle = TRANSFORMS.make(puzzle or {"type": "PatchGrid"}, at="puzzle")
         self.backbone = BACKBONES.make(backbone, at="backbone")
-        self.head = HEADS.make(head or {"type": "RelativePatchHead"}, at="head", in_channels=self.backbone.out_channels[-1])
+        self.head = HEADS.make(head or {"type": "RelativePatchHead"}, at="head", in_channels=self.backbone.out_channels[-1] * pool**2)
 
     def forward(self, images: ImageBatch) -> Answers:
         """Logits [B, 8, 8] of the pairs of the centre with each neighbour, in raster order, and the answers [B, 8], 0 to 7."""
         patches = self.puzzle(whole_images(images)).patches                                  # [B, 9, 3, P, P]
-        features = self.backbone(patches.flatten(0, 1))[-1]                                  # [B * 9, D, h, w]
-        embeddings = features.mean((2, 3)).unflatten(0, patches.shape[:2])                   # [B, 9, D]
+        features = self.backbone(patches.flatten(0, 1))[-1]                                  # [B * 9, C, h, w]
+        embeddings = F.adaptive_avg_pool2d(features, self.pool).flatten(1).unflatten(0, patches.shape[:2])          # [B, 9, D]
         neighbours = torch.cat([embeddings[:, :4], embeddings[:, 5:]], 1)                    # [B, 8, D]
         centre = embeddings[:, 4:5].expand_as(neighbours)
         logits = self.head(centre.flatten(0, 1), neighbours.flatten(0, 1)).unflatten(0, neighbours.shape[:2])
