@@ -8,7 +8,7 @@ model = dict(
     type="Jigsaw",
     backbone=dict(type="ResNet", depth=18),                                # all stages, so that a detector can start from them
     puzzle=dict(type="JigsawTiles", tile=64, num_permutations=100, per_image=8, grey=0.3),
-    pool=2,                                                                # how cells go on beyond a tile is all there is to see
+    pool=2,                                                                # where in a tile a cell is cut
     head=dict(type="JigsawHead", tile_channels=128, hidden_channels=512, dropout=0.1),
 )
 train_cfg = dict(type="EpochLoop", max_epochs=30, val_interval=10)

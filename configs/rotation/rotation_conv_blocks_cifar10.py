@@ -7,7 +7,7 @@ VISIONKIT_DATA=where/the/data/is python tools/train.py configs/rotation/rotation
 _base_ = "../_base_/cifar10_pretext.py"
 model = dict(
     type="Rotation",
-    backbone=dict(type="ConvBlocks", channels=(16, 64, 96), convs_per_block=2),             # 32 at the full size take as long as all else
+    backbone=dict(type="ConvBlocks", channels=(16, 64, 96), convs_per_block=2),
 )
 train_dataloader = dict(
     batch_size=32,
