@@ -10,7 +10,6 @@ model = dict(
     backbone=dict(type="ConvBlocks", channels=(16, 64, 96), convs_per_block=2),
 )
 train_dataloader = dict(
-    batch_size=32,
     dataset=dict(
         pipeline=[
             dict(type="LoadImageFromFile"),

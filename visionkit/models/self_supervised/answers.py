@@ -1,14 +1,15 @@
-"""What models that solve puzzles share: whole images to make the puzzles of, and answers beside the right ones."""
+"""What models that solve puzzles share: whole images to make the puzzles of, embeddings of pieces, and answers beside the right ones."""
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from visionkit.structures import ImageBatch, ImageList, InstanceData, Sample
 
-# B images, T puzzles an image, K answers to choose from
+# B images, T puzzles an image, K answers to choose from; N pieces of an image, P pixels the side of one
 
 
 class Answers(NamedTuple):
@@ -55,3 +56,20 @@ def whole_list(images: ImageList) -> ImageList:
                              f"{image.shape[1]}x{image.shape[2]}; end the pipeline with a resize to multiples of the preprocessor's "
                              f"`multiple`, such as dict(type='RandomNativeResize')")
     return images
+
+
+def check_pool(pool: int) -> int:
+    """How many cells, each way, the map of a piece has for the head.
+
+    Raises:
+        ValueError: it is no whole number from 1 on.
+    """
+    if not isinstance(pool, int) or pool < 1:
+        raise ValueError(f"pool is how many cells the map of a piece has each way, 1 or more; got {pool!r}")
+    return pool
+
+
+def embed_pieces(backbone: nn.Module, pieces: Tensor, pool: int) -> Tensor:
+    """[B, N, 3, P, P], each through the backbone by itself, to [B, N, C * pool^2]: the last map's means over pool x pool cells."""
+    maps = backbone(pieces.flatten(0, 1))[-1]                                            # [B * N, C, h, w]
+    return F.adaptive_avg_pool2d(maps, pool).flatten(1).unflatten(0, pieces.shape[:2])

@@ -1,11 +1,10 @@
 """Jigsaw puzzles: features learned by finding the order of nine tiles (Noroozi and Favaro 2016, arXiv:1603.09246)."""
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkit.models.base import Model
-from visionkit.models.self_supervised.answers import Answers, whole_images
+from visionkit.models.self_supervised.answers import Answers, check_pool, embed_pieces, whole_images
 from visionkit.registry import BACKBONES, HEADS, MODELS, TRANSFORMS
 from visionkit.structures import ImageBatch, Sample
 
@@ -30,9 +29,7 @@ class Jigsaw(Model):
     def __init__(self, backbone: dict | nn.Module, head: dict | nn.Module | None = None, puzzle: dict | nn.Module | None = None,
                  pool: int = 1, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(data_preprocessor)
-        if not isinstance(pool, int) or pool < 1:
-            raise ValueError(f"pool is how many cells a tile's map has each way, 1 or more; got {pool!r}")
-        self.pool = pool
+        self.pool = check_pool(pool)
         self.puzzle = TRANSFORMS.make(puzzle or {"type": "JigsawTiles"}, at="puzzle")
         self.backbone = BACKBONES.make(backbone, at="backbone")
         self.head = HEADS.make(head or {"type": "JigsawHead"}, at="head", in_channels=self.backbone.out_channels[-1] * pool**2,
@@ -41,8 +38,7 @@ class Jigsaw(Model):
     def forward(self, images: ImageBatch) -> Answers:
         """Logits [B, T, K] of every puzzle, and the right orders [B, T]."""
         puzzle = self.puzzle(whole_images(images))
-        features = self.backbone(puzzle.tiles.flatten(0, 1))[-1]                             # [B * 9, C, h, w]
-        embeddings = F.adaptive_avg_pool2d(features, self.pool).flatten(1).unflatten(0, puzzle.tiles.shape[:2])     # [B, 9, D]
+        embeddings = embed_pieces(self.backbone, puzzle.tiles, self.pool)                    # [B, 9, D]
         return Answers(self.head(embeddings, puzzle.orders), puzzle.labels)
 
     def loss(self, images: ImageBatch, samples: list[Sample]) -> dict[str, Tensor]:

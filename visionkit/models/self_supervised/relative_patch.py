@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkit.models.base import Model
-from visionkit.models.self_supervised.answers import Answers, whole_images
+from visionkit.models.self_supervised.answers import Answers, check_pool, embed_pieces, whole_images
 from visionkit.registry import BACKBONES, HEADS, MODELS, TRANSFORMS
 from visionkit.structures import ImageBatch, Sample
 
@@ -31,9 +30,7 @@ class RelativePatch(Model):
     def __init__(self, backbone: dict | nn.Module, head: dict | nn.Module | None = None, puzzle: dict | nn.Module | None = None,
                  pool: int = 1, data_preprocessor: dict | nn.Module | None = None) -> None:
         super().__init__(data_preprocessor)
-        if not isinstance(pool, int) or pool < 1:
-            raise ValueError(f"pool is how many cells a patch's map has each way, 1 or more; got {pool!r}")
-        self.pool = pool
+        self.pool = check_pool(pool)
         self.puzzle = TRANSFORMS.make(puzzle or {"type": "PatchGrid"}, at="puzzle")
         self.backbone = BACKBONES.make(backbone, at="backbone")
         self.head = HEADS.make(head or {"type": "RelativePatchHead"}, at="head", in_channels=self.backbone.out_channels[-1] * pool**2)
@@ -41,8 +38,7 @@ class RelativePatch(Model):
     def forward(self, images: ImageBatch) -> Answers:
         """Logits [B, 8, 8] of the pairs of the centre with each neighbour, in raster order, and the answers [B, 8], 0 to 7."""
         patches = self.puzzle(whole_images(images)).patches                                  # [B, 9, 3, P, P]
-        features = self.backbone(patches.flatten(0, 1))[-1]                                  # [B * 9, C, h, w]
-        embeddings = F.adaptive_avg_pool2d(features, self.pool).flatten(1).unflatten(0, patches.shape[:2])          # [B, 9, D]
+        embeddings = embed_pieces(self.backbone, patches, self.pool)                         # [B, 9, D]
         neighbours = torch.cat([embeddings[:, :4], embeddings[:, 5:]], 1)                    # [B, 8, D]
         centre = embeddings[:, 4:5].expand_as(neighbours)
         logits = self.head(centre.flatten(0, 1), neighbours.flatten(0, 1)).unflatten(0, neighbours.shape[:2])
