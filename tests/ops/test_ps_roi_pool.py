@@ -10,8 +10,8 @@ from visionkit.testing import check_op
 ROIS = [[0, 4.3, 2.1, 40.7, 33.3], [1, -30, -20, 100, 90], [1, 60, 40, 80, 72], [0, 0, 0, 71, 63], [0, 10, 10, 10, 10], [1, 30, 20, 24, 12]]
 
 
-def case(classes=2, rows=3, columns=3, dtype=torch.float64):
-    input = torch.randn(2, classes * rows * columns, 8, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def case(classes=2, rows=3, columns=3, dtype=torch.float64, size=(8, 9)):
+    input = torch.randn(2, classes * rows * columns, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return input.to(dtype), torch.tensor(ROIS, dtype=torch.float64).to(dtype)
 
 
@@ -86,8 +86,8 @@ def test_a_box_that_is_not_finite_covers_nothing(rule):
 
 @pytest.mark.parametrize("rule", ["torchvision", "r_fcn"])
 def test_gradients_are_right_at_the_borders_too(rule):
-    input, rois = case(classes=1, rows=2, columns=2)
-    assert torch.autograd.gradcheck(lambda x: ps_roi_pool(x, rois, 2, 1 / 8, rule=rule), input.requires_grad_())
+    input, rois = case(classes=1, rows=2, columns=2, size=(4, 5))
+    assert torch.autograd.gradcheck(lambda x: ps_roi_pool(x, rois, 2, 1 / 16, rule=rule), input.requires_grad_())
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -120,11 +120,11 @@ def test_blocks_of_rois_give_the_same(monkeypatch):
 
 
 def test_ps_roi_pool_keeps_the_contract_of_an_op():
-    input, rois = case(rows=2, columns=2, dtype=torch.float32)
+    input, rois = case(rows=2, columns=2, dtype=torch.float32, size=(4, 5))
     input.requires_grad_()
-    check_op(lambda input, rois: ps_roi_pool(input, rois, 2, 1 / 8), [input, rois[:3]],
+    check_op(lambda input, rois: ps_roi_pool(input, rois, 2, 1 / 16), [input, rois[:3]],
              empty={"no boxes": [input, rois[:0]], "no images": [input[:0], rois[:0]]})
-    torch.library.opcheck(torch.ops.visionkit.ps_roi_pool.default, (input, rois, 2, 2, 1 / 8, "r_fcn", False))
+    torch.library.opcheck(torch.ops.visionkit.ps_roi_pool.default, (input, rois, 2, 2, 1 / 16, "r_fcn", False))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -98,15 +98,14 @@ def test_backward_gives_the_same_bits_every_time():
 
 
 def test_each_box_is_pooled_from_its_level():
-    levels = [torch.randn(2, 4, 16, 20, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, 8, 10, dtype=torch.float64,
-                                                                                              requires_grad=True)]
+    levels = [torch.randn(2, 2, *size, dtype=torch.float64, requires_grad=True) for size in ((8, 10), (4, 5))]
     rois = torch.tensor([[1, 5.0, 5, 60, 40], [0, 0, 0, 30, 30], [1, 20, 10, 80, 60]], dtype=torch.float64)
     level = torch.tensor([1, 0, 0])
-    together = pyramid_roi_align(levels, rois, level, 3, [1 / 4, 1 / 8], 2)
+    together = pyramid_roi_align(levels, rois, level, 3, [1 / 8, 1 / 16], 2)
     for index in range(3):
-        alone = roi_align(levels[level[index]], rois[index:index + 1], 3, [1 / 4, 1 / 8][level[index]], 2, aligned=True)
+        alone = roi_align(levels[level[index]], rois[index:index + 1], 3, [1 / 8, 1 / 16][level[index]], 2, aligned=True)
         torch.testing.assert_close(together[index], alone[0], rtol=0, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *maps: pyramid_roi_align(maps, rois, level, 2, [1 / 4, 1 / 8], 2), levels)
+    assert torch.autograd.gradcheck(lambda *maps: pyramid_roi_align(maps, rois, level, 2, [1 / 8, 1 / 16], 2), levels)
 
 
 def test_boxes_of_each_image_may_come_as_a_list():
