@@ -24,9 +24,7 @@ default_hooks = dict(checkpoint=dict(by_epoch=False, interval=500, max_keep_ckpt
 log_processor = dict(by_epoch=False)
 test_cfg = dict(
     points=dict(
-        conv2=dict(feature="map1"),
         conv2_pooled=dict(feature="map1", pool=2),
-        conv3=dict(feature="map2"),
         conv3_pooled=dict(feature="map2", pool=2),
         fc=dict(feature="fc"),
         y=dict(feature="y"),

@@ -10,3 +10,4 @@ optim_wrapper = dict(optimizer=dict(lr=1e-4))
 param_scheduler = []
 default_hooks = dict(checkpoint=dict(by_epoch=True, interval=10, max_keep_ckpts=3))
 log_processor = dict(by_epoch=True)
+test_cfg = dict(points=dict(conv3=dict(feature="map2")))                   # 4096 numbers: the paper's `conv`, beside its `fc` and `Y`
