@@ -1,5 +1,5 @@
 """Deep InfoMax, local, with InfoNCE on CIFAR-10, 2000 batches of 64 images, pairs scored in 256 dimensions instead of 2048: 12 GFLOP a
-batch, seven minutes at 60 GFLOP/s, and the probes (arXiv:1808.06670). Not measured yet.
+batch, and the probes (arXiv:1808.06670). A linear probe of conv3, pooled to 2x2, has 0.501, of random networks 0.446 (three seeds).
 
 VISIONKIT_DATA=where/the/data/is python tools/train.py configs/deep_infomax/dim_local_infonce_cifar10.py
 """
