@@ -1,5 +1,6 @@
 """Contrastive predictive coding with three small convolutions on photographs of blood cells, 40 epochs of 205 images in 7x7 crops of 56
-pixels: 4 GFLOP an image (arXiv:1807.03748, sec. 3.3). 0.269 of the predicted codes of val are found among those of 29 images, 0.034 by chance.
+pixels: 4 GFLOP an image (arXiv:1807.03748, sec. 3.3). 0.269 of the predicted codes of val are found among those of 29 images, 0.034 by
+chance.
 
 VISIONKIT_DATA=where/the/data/is python tools/train.py configs/cpc/cpc_strided_convs_bccd.py
 """
