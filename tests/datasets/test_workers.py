@@ -11,7 +11,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from visionkit.datasets import Dataset, DrawSampler, ShapesDataset, images_per_second
+from visionkit.datasets import Dataset, DrawSampler, ShapesDataset, images_per_second, worker_init
 
 PIPELINE = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="RandomFlip", prob=0.5),
             dict(type="PhotoMetricDistortion"), dict(type="PackSample")]
@@ -46,6 +46,29 @@ class Threads(Dataset):
 
     def get_data_info(self, idx):
         return {"threads": (cv2.getNumThreads(), torch.get_num_threads())}
+
+
+class Tensors(Dataset):
+    """A tensor a record, of each kind that a sample may hold, and last one that is too large to copy."""
+    kinds = (torch.arange(6).view(2, 3), torch.tensor(2.5), torch.zeros(0, 4), torch.tensor([True, False]), torch.arange(6.0).view(2, 3).T,
+             torch.ones(3, dtype=torch.bfloat16), torch.full((3,), 1 + 2j), torch.ones(2, 2**15 + 1, dtype=torch.uint8))
+
+    def load_data_list(self):
+        return [{} for _ in self.kinds]
+
+    def get_data_info(self, idx):
+        return {"tensor": self.kinds[idx]}
+
+
+def test_workers_hand_over_small_tensors_as_copies_and_large_ones_in_shared_memory():
+    loader = DataLoader(Tensors(pipeline=[]), batch_size=None, num_workers=1, worker_init_fn=worker_init)
+    received = [record["tensor"] for record in loader]
+    for tensor, sent in zip(received, Tensors.kinds, strict=True):
+        assert tensor.dtype == sent.dtype
+        assert tensor.shape == sent.shape
+        assert torch.equal(tensor, sent)
+        tensor += True                                       # it may be written to
+    assert [tensor.is_shared() for tensor in received] == [False] * 7 + [True]
 
 
 def test_throughput_counts_images_and_refuses_nonsense():

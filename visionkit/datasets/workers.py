@@ -1,11 +1,17 @@
 """What every data-loader worker does first."""
 from __future__ import annotations
 
+from multiprocessing.reduction import ForkingPickler
+
 import cv2
 import torch
 from mmengine.registry import FUNCTIONS
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
 from visionkit.registry import load_plugins
+
+LARGEST_COPY = 2**16                                         # bytes of a tensor
 
 
 @FUNCTIONS.register_module()
@@ -14,7 +20,24 @@ def worker_init(worker_id: int) -> None:
 
     One thread each for OpenCV and torch, since the workers are what runs in parallel, and the plugins, which a worker that was
     not forked has not loaded. Seeds come with every draw.
+
+    From then on the worker hands over tensors of up to `LARGEST_COPY` bytes as copies: PyTorch opens shared memory and a connection for
+    each tensor, which takes longer than to make a small image.
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     load_plugins()
+    ForkingPickler.register(Tensor, _copied_or_shared)
+
+
+def _copied_or_shared(tensor: Tensor) -> tuple:
+    """How to pickle a tensor, as `__reduce__` tells it."""
+    is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.requires_grad and not tensor.is_quantized
+    if not is_plain or tensor.nbytes > LARGEST_COPY:
+        return reduce_tensor(tensor)
+    content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return _copied, (content, tensor.dtype, tuple(tensor.shape))
+
+
+def _copied(content: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=dtype).view(shape) if content else torch.empty(shape, dtype=dtype)
