@@ -40,7 +40,7 @@ def main() -> int:
         for row in measure_packing(arguments.repeats, shape, not arguments.no_memory, arguments.device):
             fast = row.times_faster >= TIME_BAR
             small = row.memory is None or row.memory <= MEMORY_BAR
-            memory = "| | |" if row.memory is None else (f"| {row.packed_bytes / 1e6:.4g} | {row.padded_bytes / 1e6:.4g} "
+            memory = "| | | " if row.memory is None else (f"| {row.packed_bytes / 1e6:.4g} | {row.padded_bytes / 1e6:.4g} "
                                                          f"| {row.memory:.2f}{'' if small else f', ABOVE {MEMORY_BAR}'} ")
             print(f"| {row.passes} | {row.packed_seconds * 1e3:.4g} | {row.padded_seconds * 1e3:.4g} "
                   f"| {row.times_faster:.2f}{'' if fast else f', BELOW {TIME_BAR}'} {memory}| {row.difference:.1e} |", flush=True)

@@ -200,7 +200,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _features(tensor: Tensor) -> Tensor:
-    return F.elu(_wide(tensor)) + 1
+    return F.elu(_wide(tensor)).add_(1)
 
 
 def _at_once(q: Tensor, k: Tensor, v: Tensor, causal: bool,
