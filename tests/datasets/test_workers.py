@@ -50,8 +50,9 @@ class Threads(Dataset):
 
 class Tensors(Dataset):
     """A tensor a record, of each kind that a sample may hold, and last one that is too large to copy."""
-    kinds = (torch.arange(6).view(2, 3), torch.tensor(2.5).expand(1), torch.zeros(0, 4), torch.tensor([True, False]), torch.arange(6.0).view(2, 3).T,
-             torch.ones(3, dtype=torch.bfloat16), torch.full((3,), 1 + 2j).conj(), torch.ones(2, 2**15 + 1, dtype=torch.uint8))
+    kinds = (torch.arange(6).view(2, 3), torch.tensor(2.5).expand(1), torch.zeros(0, 4), torch.tensor([True, False]),
+             torch.arange(6.0).view(2, 3).T, torch.ones(3, dtype=torch.bfloat16), torch.full((3,), 1 + 2j).conj(),
+             torch.ones(2, 2**15 + 1, dtype=torch.uint8))
 
     def load_data_list(self):
         return [{} for _ in self.kinds]

@@ -35,7 +35,7 @@ def _copied_or_shared(tensor: Tensor) -> tuple:
     is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.requires_grad and not tensor.is_quantized
     if not is_plain or tensor.nbytes > LARGEST_COPY:
         return reduce_tensor(tensor)
-    whole = tensor.resolve_conj().clone(memory_format=torch.contiguous_format)              # an expanded tensor of one value has a stride of 0
+    whole = tensor.resolve_conj().clone(memory_format=torch.contiguous_format)           # an expanded tensor of one value has a stride of 0
     content = whole.flatten().view(torch.uint8).numpy().tobytes()
     return _copied, (content, tensor.dtype, tuple(tensor.shape))
 
