@@ -338,9 +338,9 @@ def test_with_a_selective_policy_a_second_time_backwards_is_an_error(create_grap
 
 # ----------------------------------------------------------------------------------------------------- batch normalisation
 
-def convolutions(momentum=0.1):
+def convolutions(momentum=0.1, kind=nn.BatchNorm2d):
     torch.manual_seed(0)
-    norm = nn.BatchNorm2d(8, momentum=momentum)
+    norm = kind(8, momentum=momentum)
     return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Conv2d(8, 3, 3))
 
 
@@ -353,12 +353,13 @@ class Method(nn.Module):
         return self.block(x)
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["moving average", "mean of all batches"])
 @pytest.mark.parametrize("form", ["module", "partial", "method"])
 @every_policy
-def test_running_statistics_are_updated_once(policy, form, momentum):
+def test_running_statistics_are_updated_once(policy, form, momentum, kind):
     """Spec 05, test 9 and checklist 6: by the first pass alone; `num_batches_tracked` is 2 after two steps, not 4."""
-    plain = nn.ModuleList(convolutions(momentum) for _ in range(2))
+    plain = nn.ModuleList(convolutions(momentum, kind) for _ in range(2))
     ours = copy.deepcopy(plain)
     forms = {"module": lambda block: block, "partial": lambda block: functools.partial(lambda block, x: block(x), block),
              "method": lambda block: Method(block).run}

@@ -239,7 +239,8 @@ class _StatisticsKept(AbstractContextManager):
         active = [norm for norm in self.norms if norm.training and norm.track_running_stats]
         self.kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in active]
         for norm in active:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
+            count = norm.num_batches_tracked
+            norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
 
     def __exit__(self, *_: object) -> None:
         for norm, momentum, count in self.kept:
