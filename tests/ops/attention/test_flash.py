@@ -153,6 +153,15 @@ def test_scores_of_ten_thousand_do_not_overflow(reference, dtype, tolerance, sig
     assert reference.largest_difference([flash_attention(*inputs, scale=1.0)], [expected]) <= tolerance
 
 
+def test_what_is_not_a_number_stays_none(reference, tile):
+    """A query that sees such a key is no number either, as PyTorch's, and not the 0 of a query that sees no key."""
+    query, key, value = (tensor.detach() for tensor in reference.tokens(queries=7, keys=7))
+    key[:, :, 4] = math.nan
+    output, logsumexp = flash_attention(query, key, value, causal=True, return_logsumexp=True)
+    assert output.isnan().all(-1).equal(torch.arange(7).ge(4).expand(output.shape[:3]))
+    assert logsumexp.isnan().equal(output.isnan().all(-1))
+
+
 def kept_for_backward(call):
     """The tensors that autograd keeps of a call."""
     saved = []

@@ -1,4 +1,5 @@
 """The kernels of flash_attention and varlen_attention beside the portable form."""
+import math
 from itertools import accumulate
 
 import pytest
@@ -83,6 +84,15 @@ def test_rows_that_do_not_lie_side_by_side_are_read_where_they_are(assert_tiers_
     strided = query.detach().repeat_interleave(2, -1).requires_grad_()
     assert_tiers_agree(lambda q, k, v: flash_attention(q[..., ::2].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)), strided, key,
                        value)
+
+
+def test_what_is_not_a_number_stays_none(on_tier, device):
+    """And is not the 0 of a query that sees no key."""
+    query, key, value = (tensor.detach().to(device) for tensor in tokens(queries=6, keys=6))
+    key[:, :, 4] = math.nan
+    output, logsumexp = on_tier("triton", lambda: flash_attention(query, key, value, causal=True, return_logsumexp=True))
+    assert torch.equal(output.isnan().all(-1), torch.arange(6, device=device).ge(4).expand(output.shape[:3]))
+    assert torch.equal(logsumexp.isnan(), output.isnan().all(-1))
 
 
 def test_nothing_attends_to_nothing(assert_tiers_agree):

@@ -214,7 +214,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, dropout: D
                 weights = dropout(weights, rows, columns)
             summed = summed.mul_(shrink).add_(_product(weights, values))
             highest = higher
-        seen = total > 0
+        seen = total != 0                                                   # true of what is not a number, too, which is to be seen
         output[..., part, :] = torch.where(seen, summed / total, 0)
         logsumexp[..., part] = torch.where(seen, highest + total.log(), math.inf)[..., 0]
 

@@ -193,7 +193,7 @@ def _attend_kernel(
                         weights = tl.where(_kept(seed_ptr, lse_start + row, column, threshold), weights * larger, 0.0)
                     summed = summed * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
                     highest = higher
-    seen = total > 0
+    seen = total != 0                                        # true of what is not a number, too, which is to be seen
     summed = tl.where(seen[:, None], summed / tl.where(seen, total, 1.0)[:, None], 0.0)
     lse = tl.where(seen, (highest + tl.log2(tl.where(seen, total, 1.0))) / _LOG2_E, float("inf"))
     _store_rows(out_ptr, out_n, row, queries, VALUE_CHANNELS, BLOCK_V, summed)
