@@ -41,8 +41,7 @@ def test_every_kernel_gives_what_the_formula_says(reference, name, queries, keys
 
 def test_pytorch_serves_what_it_knows_and_flash_attention_the_rest(reference):
     inputs = [tensor.detach() for tensor in reference.tokens(queries=21, keys=18)]
-    chosen = {name: attention_kernel(*inputs, **{key: value for key, value in options.items() if key != "block_size"})
-              for name, options in CALLS.items()}
+    chosen = {name: attention_kernel(*inputs, **options) for name, options in CALLS.items()}
     assert {name for name, kernel in chosen.items() if kernel.name == "sdpa"} == {"plain", "causal", "top left", "window", "causal window"}
     assert {kernel.name for kernel in chosen.values()} == {"sdpa", "portable"}
     assert chosen["alibi"].reason == "PyTorch's attention knows no alibi_slopes; the tensors are on cpu; Triton kernels are for CUDA"
@@ -102,7 +101,10 @@ def test_on_a_gpu_triton_takes_what_pytorch_would_mask(reference, monkeypatch):
     assert attention_kernel(half[0], half[1], half[1]).name == "sdpa"
     wide = [F.pad(tensor, (0, 300)) for tensor in (query, key)]
     assert attention_kernel(*wide, value, softcap=1.0) == tiers.Tier(
-        "portable", "PyTorch's attention knows no softcap; a row is too long for the Triton kernels")
+        "portable", "PyTorch's attention knows no softcap; a row is too long for the Triton kernels, or block_size no multiple of their 16")
+    blocks = torch.ones(1, 1, dtype=torch.bool)
+    assert attention_kernel(query, key, value, block_mask=blocks, block_size=32).name == "triton"
+    assert attention_kernel(query, key, value, block_mask=blocks, block_size=40).name == "portable"
 
 
 def test_a_mask_of_any_form_goes_to_pytorch_alone(reference):

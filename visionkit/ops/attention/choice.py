@@ -33,11 +33,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None 
     Raises:
         ValueError: arguments that do not fit together.
     """
-    options = {"causal": causal, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "block_mask": block_mask}
+    options = {"causal": causal, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "block_mask": block_mask,
+               "block_size": block_size}
     query, key, value = in_autocast_type(query, key, value)
     chosen = attention_kernel(query, key, value, mask=mask, dropout_p=dropout_p, **options)
     if chosen.name != "sdpa":
-        return flash_attention(query, key, value, scale=scale, dropout_p=dropout_p, block_size=block_size, **options)
+        return flash_attention(query, key, value, scale=scale, dropout_p=dropout_p, **options)
     if mask is not None:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     left, right, top_left = band(causal, window)
@@ -46,7 +47,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None 
 
 def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool | str = False,
                      window: tuple[int, int] | None = None, dropout_p: float = 0.0, softcap: float = 0.0,
-                     alibi_slopes: Tensor | None = None, block_mask: Tensor | None = None) -> Tier:
+                     alibi_slopes: Tensor | None = None, block_mask: Tensor | None = None, block_size: int = 64) -> Tier:
     """Which kernel `attention` takes for these arguments, and why: sdpa (PyTorch's own), triton or portable (of `flash_attention`).
 
     Raises:
@@ -65,8 +66,8 @@ def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
         _check_mask(mask, query, key)
         return Tier("sdpa", "only PyTorch's attention takes a mask of any form")
     flash = tiers.tier("flash_attention", query.device, query.dtype)
-    if not fits_kernels(query, value):
-        flash = Tier("portable", "a row is too long for the Triton kernels")
+    if flash.name != "portable" and not fits_kernels(query, value, block_mask, block_size):
+        flash = Tier("portable", "a row is too long for the Triton kernels, or block_size no multiple of their 16")
     if unknown:
         return Tier(flash.name, f"PyTorch's attention knows no {' and no '.join(unknown)}; {flash.reason}")
     masked = not as_sdpa_knows(query.shape[2], key.shape[2], left, right, top_left)

@@ -86,7 +86,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     if chosen == "flash_attn" and v.shape[2] == q.shape[2]:
         from flash_attn import flash_attn_varlen_func
         return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, scale,
-                                      causal=causal, window_size=(left, right))
+                                      causal=bool(causal), window_size=(left, right))
     seed = draw_seed(q.device) if dropout_p else None
     return torch.ops.visionkit.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p,
                                                 left, right)[0]
