@@ -61,6 +61,13 @@ def test_positions_at_the_tables_size_are_the_table_and_bicubic_between_centres_
     assert torch.equal(half[8:], table.flatten(0, 1))
 
 
+def test_positions_are_interpolated_in_float32_under_autocast_too():
+    table = random(4, 4, 2)
+    expected = resized_positions(table, [(5, 3)])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resized_positions(table, [(5, 3)]), expected)
+
+
 def test_rows_and_columns_of_patches():
     images = PackedSequence.of_grids(torch.zeros(8, 1), [(2, 3), (2, 1)])
     rows, columns = patch_coordinates(images)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from visionkit.models.layers.transformer import FeedForward
 from visionkit.ops.attention import varlen_attention
+from visionkit.ops.attention.inputs import without_autocast
 from visionkit.ops.checkpointing import Checkpointing, run_blocks
 from visionkit.registry import ConfigError
 from visionkit.structures import ImageBatch, ImageList, PackedSequence
@@ -95,13 +96,14 @@ def resized_positions(table: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor
     """
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     resized = {}
-    for grid in set(grids):
-        if grid == tuple(table.shape[:2]):
-            resized[grid] = table.flatten(0, 1)
-        else:
-            down, across = (bicubic_weights(old, new).to(wide) for old, new in zip(table.shape[:2], grid, strict=True))
-            columns = torch.einsum("ws,rsc->rwc", across, wide)
-            resized[grid] = torch.einsum("hr,rwc->hwc", down, columns).flatten(0, 1).to(table.dtype)
+    with without_autocast(table.device):                     # which would interpolate in half precision
+        for grid in set(grids):
+            if grid == tuple(table.shape[:2]):
+                resized[grid] = table.flatten(0, 1)
+            else:
+                down, across = (bicubic_weights(old, new).to(wide) for old, new in zip(table.shape[:2], grid, strict=True))
+                columns = torch.einsum("ws,rsc->rwc", across, wide)
+                resized[grid] = torch.einsum("hr,rwc->hwc", down, columns).flatten(0, 1).to(table.dtype)
     return torch.cat([resized[grid] for grid in grids])
 
 
