@@ -119,8 +119,28 @@ def test_ops_lists_the_gpu_beside_the_cpu(capsys, monkeypatch):
     assert listing["gpus"] == ["Big GPU"]
     tiers = {(row["op"], row["device"]): row["tier"] for row in listing["ops"]}
     assert [tiers["roi_align", "cpu"], tiers["roi_align", "cuda"], tiers["nms", "cuda"]] == ["portable", "triton", "portable"]
+    assert [tiers["attention", "cpu"], tiers["attention", "cuda"]] == ["portable", "triton"]
     assert main(["ops"]) == 0
     assert "GPU            Big GPU" in capsys.readouterr().out
+
+
+def test_ops_tells_for_a_type_of_tensors(capsys, monkeypatch):
+    monkeypatch.delenv("VISIONKIT_OPS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("visionkit.ops.tiers._capability", lambda device: (9, 0))
+    monkeypatch.setattr("visionkit.ops.tiers._triton_installed", lambda: True)
+    monkeypatch.setattr("visionkit.ops.tiers._flash_attn_installed", lambda: True)
+
+    def on_a_gpu(dtype):
+        assert main(["ops", "--json", "--dtype", dtype]) == 0
+        listing = json.loads(capsys.readouterr().out)
+        assert listing["dtype"] == dtype
+        tiers = {row["op"]: row["tier"] for row in listing["ops"] if row["device"] == "cuda"}
+        return tiers["varlen_attention"], tiers["roi_align"], tiers["attention"]
+
+    assert on_a_gpu("bfloat16") == ("flash_attn", "triton", "triton")
+    assert on_a_gpu("float32") == ("triton", "triton", "triton")
+    assert on_a_gpu("float64") == ("portable", "portable", "portable")
 
 
 def test_ops_refuses_a_tier_that_does_not_exist(capsys, monkeypatch):

@@ -39,9 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ops = commands.add_parser("ops", help="which implementation serves each op here, and why",
                               description="Say for each op which tier serves it on each device of this machine, and why: portable (stock "
-                                          "PyTorch) or triton (kernels for GPUs). VISIONKIT_OPS=portable forces the first.")
+                                          "PyTorch), triton or flash_attn (kernels for GPUs). VISIONKIT_OPS=portable forces the first.")
+    ops.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"],
+                     help="of the tensors (default: float32); under --amp it is bfloat16")
     ops.add_argument("--json", action="store_true", help="print JSON")
-    ops.set_defaults(run=lambda options: list_ops(as_json=options.json))
+    ops.set_defaults(run=lambda options: list_ops(options.dtype, as_json=options.json))
 
     options = parser.parse_args(arguments)
     try:
@@ -144,8 +146,8 @@ def show_environment(*, as_json: bool) -> int:
     return 0
 
 
-def list_ops(*, as_json: bool) -> int:
-    """Print the tier that serves each op for float32 tensors on each device, and what that depends on."""
+def list_ops(dtype: str = "float32", *, as_json: bool) -> int:
+    """Print the tier that serves each op for tensors of `dtype` on each device, and what that depends on."""
     import importlib.metadata
 
     import torch
@@ -158,18 +160,20 @@ def list_ops(*, as_json: bool) -> int:
     rows = []
     for device in devices:
         for name in functions:
-            chosen = tier(name, torch.device(device))
+            chosen = tier(name, torch.device(device), getattr(torch, dtype))
             rows.append({"op": name, "device": device, "tier": chosen.name, "reason": chosen.reason})
     distributions = importlib.metadata.packages_distributions().get("triton", [])         # triton, or a build of it under another name
     triton = ", ".join(importlib.metadata.version(name) for name in sorted(set(distributions))) or None
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
     if as_json:
-        print(json.dumps({"VISIONKIT_OPS": os.environ.get("VISIONKIT_OPS"), "triton": triton, "gpus": gpus, "ops": rows}, indent=2))
+        print(json.dumps({"VISIONKIT_OPS": os.environ.get("VISIONKIT_OPS"), "triton": triton, "gpus": gpus, "dtype": dtype, "ops": rows},
+                         indent=2))
         return 0
     print(f"VISIONKIT_OPS  {os.environ.get('VISIONKIT_OPS') or 'not set'}")
     print(f"triton         {triton or 'not installed'}")
-    print(f"GPU            {', '.join(gpus) or 'none'}\n")
+    print(f"GPU            {', '.join(gpus) or 'none'}")
+    print(f"dtype          {dtype}\n")
     print_table(rows, ["op", "device", "tier", "reason"])
     return 0
 

@@ -41,7 +41,9 @@ def tier(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> T
     if wanted == "portable":
         return Tier("portable", "VISIONKIT_OPS=portable")
     if op == "attention":
-        return Tier("portable", "PyTorch's scaled_dot_product_attention, or flash_attention for what that does not know")
+        name, reason = tier("flash_attention", device, dtype)
+        return Tier(name, f"PyTorch's scaled_dot_product_attention, or flash_attention for what that does not know: {reason}. "
+                          f"attention_kernel tells for given tensors")
     if _SHARED_KERNELS.get(op, op) not in TRITON_OPS:
         return Tier("portable", "needs no kernel of its own")
     if device.type != "cuda":
