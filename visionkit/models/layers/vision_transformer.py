@@ -48,8 +48,8 @@ def patches_of(images: ImageList | ImageBatch | Tensor, patch_size: int, divisor
             where = "x".join(map(str, images.sizes[index])) + f" in a canvas of {images.tensor.shape[2]}x{images.tensor.shape[3]}" if (
                 isinstance(images, ImageBatch)) else f"{height}x{width}"
             raise ConfigError(f"image {index} has {where} pixels, and patches fill multiples of {divisor} only; take "
-                              f"data_preprocessor=dict(type='NativeResolutionPreprocessor', multiple={divisor}), or "
-                              f"dict(type='ImagePreprocessor', pad_divisor={divisor}), or resize in the pipeline")
+                              f"data_preprocessor=dict(type='NativeResolutionPreprocessor', multiple={divisor}), which fills them up with "
+                              f"black, or resize in the pipeline")
         grid = (height // patch_size, width // patch_size)
         cells = image.unflatten(2, (grid[1], patch_size)).unflatten(1, (grid[0], patch_size))                 # [3, h, P, w, P]
         sequences.append(cells.permute(1, 3, 0, 2, 4).reshape(grid[0] * grid[1], -1))
