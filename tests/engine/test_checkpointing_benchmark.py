@@ -62,7 +62,6 @@ def in_this_process(monkeypatch):
 
     monkeypatch.setattr(checkpointing_benchmark, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(checkpointing_benchmark, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(checkpointing_benchmark, "peak_of", lambda step, _device: step() or 1000)
 
 
 def test_it_measures_every_policy_on_the_same_numbers(in_this_process):
@@ -71,7 +70,9 @@ def test_it_measures_every_policy_on_the_same_numbers(in_this_process):
     for cost in costs.values():
         assert (cost.loss, cost.gradient_norm) == (costs["none"].loss, costs["none"].gradient_norm)
         assert cost.seconds > 0
+        assert cost.peak_bytes > cost.held_bytes
     assert costs["every"].held_bytes < 0.5 * costs["none"].held_bytes
+    assert costs["every"].peak_bytes < costs["sqrt"].peak_bytes < costs["none"].peak_bytes
     assert costs["every"].held_bytes < costs["sqrt"].held_bytes < costs["none"].held_bytes            # 9 blocks are few
     if torch.__version__ >= "2.14":
         assert costs["every"].held_bytes < costs["selective"].held_bytes < costs["none"].held_bytes
@@ -93,10 +94,21 @@ def test_what_is_held_counts_once_and_without_parameters():
     assert output.requires_grad
 
 
+def test_the_peak_of_tensors_is_the_most_at_a_time():
+    """A million numbers and their exponentials; both are gone when a third million comes."""
+    def call():
+        x = torch.zeros(1_000_000)
+        y = x.exp()
+        del x, y
+        return torch.zeros(1_000_000)
+
+    assert 8_000_000 <= checkpointing_benchmark.peak_of_tensors(call) < 8_100_000
+
+
 def test_the_table_is_relative_to_no_checkpointing_and_tells_what_differs():
-    costs = [Cost("none", 4_000_000, 8_000_000, 0.1, 1.5, 2.0), Cost("every", 1_000_000, None, 0.13, 1.5, 2.25)]
+    costs = [Cost("none", 4_000_000, 8_000_000, 0.1, 1.5, 2.0), Cost("every", 1_000_000, 4_000_000, 0.13, 1.5, 2.25)]
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(as_table(costs))
     rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in console.export_text().splitlines() if "│" in line]
     assert rows == [["none", "4.0", "1.00", "8.0", "1.00", "100", "1.00", "1.5", "2"],
-                    ["every", "1.0", "0.25", "not told", "", "130", "1.30", "1.5", "2.25, not the same"]]
+                    ["every", "1.0", "0.25", "4.0", "0.50", "130", "1.30", "1.5", "2.25, not the same"]]

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from mmengine.utils import import_modules_from_strings
 from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from visionkit.engine.memory import keep_freed_memory
 from visionkit.engine.op_benchmark import peak_of
@@ -34,7 +37,7 @@ class Cost:
     """Of a training step without the optimizer's part: forward, loss, backward."""
     policy: str
     held_bytes: int             # what the graph keeps between forward and backward, parameters and buffers left out
-    peak_bytes: int | None      # the most that a step needs at a time, gradients included; None where the system does not tell
+    peak_bytes: int             # the most that a step's tensors, gradients among them, take at a time
     seconds: float              # median
     loss: float                 # of the first step, the same random numbers for every policy
     gradient_norm: float        # likewise
@@ -79,12 +82,10 @@ def as_table(costs: Iterable[Cost]) -> Table:
     first: Cost | None = None
     for cost in costs:
         first = first or cost
-        peak, share = "not told", ""
-        if cost.peak_bytes is not None and first.peak_bytes:
-            peak, share = f"{cost.peak_bytes / 1e6:.1f}", f"{cost.peak_bytes / first.peak_bytes:.2f}"
         same = [f"{value:.6g}" if value == other else f"{value:.6g}, not the same"
                 for value, other in ((cost.loss, first.loss), (cost.gradient_norm, first.gradient_norm))]
-        table.add_row(cost.policy, f"{cost.held_bytes / 1e6:.1f}", f"{cost.held_bytes / first.held_bytes:.2f}", peak, share,
+        table.add_row(cost.policy, f"{cost.held_bytes / 1e6:.1f}", f"{cost.held_bytes / first.held_bytes:.2f}",
+                      f"{cost.peak_bytes / 1e6:.1f}", f"{cost.peak_bytes / first.peak_bytes:.2f}",
                       f"{cost.seconds * 1e3:.3g}", f"{cost.seconds / first.seconds:.2f}", *same)
     return table
 
@@ -107,6 +108,16 @@ def held_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> tupl
     with saved_tensors_hooks(note, lambda tensor: tensor):
         result = forward()
     return sum(sizes.values()), result
+
+
+def peak_of_tensors(call: Callable[[], Any]) -> int:
+    """The most bytes that tensors on the CPU made by `call()` take at a time. What the system gives the process is no measure of them: the
+    libraries that compute convolutions keep memory of their own for each call that they have met."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")          # the profiler tells on stderr when it starts and stops
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+        call()
+    changes = [event for event in log.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate((event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())), initial=0))
 
 
 def _cost(settings: dict[str, Any], policy: str, iterations: int, threads: int) -> Cost:
@@ -140,8 +151,8 @@ def _cost(settings: dict[str, Any], policy: str, iterations: int, threads: int) 
     first = float(loss.detach())
     del loss                                                 # and with it its graph
     model.zero_grad(set_to_none=True)
-    peak = peak_of(step, device)
-    keep_freed_memory()                                      # as training does; the peak wanted the opposite
+    peak = peak_of(step, device) if device == "cuda" else peak_of_tensors(step)
+    keep_freed_memory()                                      # as training does
     seconds = []
     for _ in range(WARM_UP + iterations):
         start = time.perf_counter()
