@@ -202,6 +202,21 @@ def test_efficient_attention_is_its_formula_and_its_rows_sum_to_one():
         efficient_attention(query, key, value, causal=True)
 
 
+def test_features_are_never_zero_and_have_the_slope_of_elu():
+    """e^-20 in float32, which elu(-20) + 1 rounds to 0; at 0 itself the slope is 1, from both sides."""
+    def feature(x):                                          # the numerator of a query of one channel and a key of feature 1
+        zero = torch.zeros(1, 1, 1, 1)
+        return linear_attention(x.view(1, 1, -1, 1), zero, zero + 1, normalise=False).flatten()
+
+    x = torch.tensor([-20.0, -1.0, 0.0, 2.0])
+    expected = torch.stack([x[0].exp(), x[1].exp(), torch.tensor(1.0), torch.tensor(3.0)])
+    torch.testing.assert_close(feature(x), expected, rtol=1e-6, atol=0)
+    features = feature(x.requires_grad_())
+    torch.testing.assert_close(features.detach(), expected, rtol=1e-6, atol=0)
+    slope, = torch.autograd.grad(features.sum(), x)
+    torch.testing.assert_close(slope, torch.tensor([-20.0, -1.0, 0.0, 0.0]).exp(), rtol=1e-6, atol=0)
+
+
 def test_what_is_kept_grows_with_the_number_of_tokens():
     """Spec 12, item 5: causal, from 512 to 4096 tokens, with a slope of 1.0 in log-log; no tensor has N x N numbers."""
     kept = []

@@ -106,8 +106,9 @@ def in_autocast_type(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Products of float32 stay in float32; nothing to do where a kind of device, such as meta, has no autocast."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    """Products of float32 stay in float32; nothing to do where a kind of device, such as meta, has no autocast, or it is not on."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def band(causal: bool | str, window: tuple[int, int] | None) -> tuple[int, int, bool]:
