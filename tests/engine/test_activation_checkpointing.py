@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from visionkit.engine.activation_checkpointing import recompute_parts
+from visionkit.engine.activation_checkpointing import parts_to_recompute, recompute_parts
 from visionkit.models.backbones import ResNet
 from visionkit.registry import ConfigError
 
@@ -49,7 +49,17 @@ def model():
     return nn.ModuleDict({"backbone": ResNet(18, out_stages=(2,)), "layers": nn.ModuleList([nn.Linear(2, 2)])})
 
 
+def test_a_pattern_names_every_part_it_fits():
+    layers = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(2), "mlp": nn.Linear(2, 2)}) for _ in range(3))
+    network = nn.ModuleDict({"layers": layers, "head": nn.Linear(2, 2)})
+    assert parts_to_recompute(network, "layers.*.mlp") == [layer["mlp"] for layer in layers]
+    assert parts_to_recompute(network, ["layers.[12].*", "h*"]) == [*layers[1].values(), *layers[2].values(), network["head"]]
+
+
 @pytest.mark.parametrize("names, message", [
+    ("layers.*.norm", "Linear has no part 'norm'"),
+    ("lairs.*", "ModuleDict has no part 'lairs'. Did you mean 'layers'"),
+    ("layers.x*", "^activation_checkpointing: 'layers.x\\*' names nothing: ModuleList has no part 'x\\*'. It has: 0"),
     (["backbon"], "^activation_checkpointing: ModuleDict has no part 'backbon'. Did you mean 'backbone'"),
     ("backbone.layer1.0", "is a part of a ResNet, which has a switch of its own: its argument checkpointing"),
     (5, "^activation_checkpointing: this is the name of a part of the model, or a list of names .*got 5"),

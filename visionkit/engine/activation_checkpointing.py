@@ -5,6 +5,7 @@ requires a gradient learns nothing, named arguments are refused, and batch norma
 """
 from __future__ import annotations
 
+import fnmatch
 import functools
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ def recompute_parts(model: nn.Module, names: Sequence[str] | str) -> None:
 
 
 def parts_to_recompute(model: nn.Module, names: Sequence[str] | str) -> list[nn.Module]:
-    """The parts of `model` called `names`, such as `neck` or `roi.hidden.0`.
+    """The parts of `model` called `names`, such as `neck` or `roi.hidden.0`; `layers.*` is each part of `layers`.
 
     Raises:
         ConfigError: no names; there is no such part, it is a list of parts, or what it is part of has a switch of its own.
@@ -39,7 +40,7 @@ def parts_to_recompute(model: nn.Module, names: Sequence[str] | str) -> list[nn.
         raise ConfigError(f"this is the name of a part of the model, or a list of names such as ['neck', 'roi.hidden.0']; got {names!r}",
                           (KEY,))
     parts = []
-    for name in names:
+    for name in [single for pattern in names for single in _spelled_out(model, pattern)]:
         part = part_of(model, name, at=KEY)
         pieces = name.split(".")
         for cut in range(1, len(pieces)):
@@ -52,6 +53,21 @@ def parts_to_recompute(model: nn.Module, names: Sequence[str] | str) -> list[nn.
                               f"{', '.join(f'{name}.{child}' for child, _ in part.named_children())}", (KEY,))
         parts.append(part)
     return parts
+
+
+def _spelled_out(model: nn.Module, name: str) -> list[str]:
+    """The names that `name` stands for where pieces of it are patterns, such as the `*` of `layers.*`; else itself."""
+    pieces = name.split(".")
+    first = next((index for index, piece in enumerate(pieces) if set(piece) & set("*?[")), None)
+    if first is None:
+        return [name]
+    owner = part_of(model, ".".join(pieces[:first]), at=KEY) if first else model
+    children = [child for child, _ in owner.named_children()]
+    found = fnmatch.filter(children, pieces[first])
+    if not found:
+        raise ConfigError(f"{name!r} names nothing: {type(owner).__name__} has no part {pieces[first]!r}. It has: {', '.join(children)}.",
+                          (KEY,))
+    return [single for child in found for single in _spelled_out(model, ".".join([*pieces[:first], child, *pieces[first + 1:]]))]
 
 
 mmengine.runner.runner.turn_on_activation_checkpointing = recompute_parts
