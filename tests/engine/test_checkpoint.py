@@ -301,6 +301,17 @@ def test_what_a_checkpoint_wrapper_puts_into_names_is_taken_out(net, tmp_path, s
     assert all((value == 3).all() for value in net.state_dict().values())
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
+def test_weights_of_a_compiled_model_are_those_of_the_model(net, tmp_path, prefix):
+    torch.save({f"{prefix}{key}": torch.full_like(value, 3) for key, value in net.state_dict().items()}, tmp_path / "compiled.pth")
+    load_weights(net, tmp_path / "compiled.pth")
+    assert all((value == 3).all() for value in net.state_dict().values())
+    outer = torch.nn.ModuleDict({"part": torch.compile(net), "head": torch.nn.Linear(1, 1)})        # is saved and read as it is
+    torch.save({key: torch.full_like(value, 4) for key, value in outer.state_dict().items()}, tmp_path / "part.pth")
+    load_weights(outer, tmp_path / "part.pth")
+    assert all((value == 4).all() for value in net.state_dict().values())
+
+
 def test_weights_that_fill_under_90_percent_are_an_error_that_lists_why(net, tmp_path):
     state = net.state_dict()
     state["head.weight"] = state.pop("2.weight")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ SEAL = b"visionkit saved_ns:%020d sha256:"                   # 19 letters, 20 di
 SEAL_LENGTH = len(SEAL % 0) + 64
 TEMPORARY = ".partial"                                       # ends the name of a file that is being written
 WRAPPED = "_checkpoint_wrapped_module."                      # in names of parts whose activations are computed again
+COMPILED = re.compile(r"^(module\.)?_orig_mod\.")             # before the names of a compiled model, one process's or several
 ENOUGH = 0.9                                                 # share of a model's values that load_from has to fill
 RESNETS = {name: f"https://download.pytorch.org/models/{name}-{digest}.pth" for name, digest in (
     ("resnet18", "f37072fd"), ("resnet34", "b627a593"), ("resnet50", "0676ba61"), ("resnet101", "63fe2227"))}     # of torchvision
@@ -176,10 +178,12 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", mmap: bo
 
 
 def _unwrapped(state_dict: Any) -> Any:
-    """Names without what torch's `checkpoint_wrapper` puts into them; a model that is wrapped takes names without it, too."""
-    if not isinstance(state_dict, dict) or not any(isinstance(key, str) and WRAPPED in key for key in state_dict):
+    """Names without what torch's `checkpoint_wrapper` puts into them, and `torch.compile` before those of a whole model. A model that is
+    wrapped takes names without it, too; a part that is compiled does not, so in the middle of names `_orig_mod.` stays."""
+    if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
         return state_dict
-    return {key.replace(WRAPPED, ""): value for key, value in state_dict.items()}
+    compiled = bool(state_dict) and all(COMPILED.match(key) for key in state_dict)
+    return {(COMPILED.sub("", key) if compiled else key).replace(WRAPPED, ""): value for key, value in state_dict.items()}
 
 
 def write_average(path: str | os.PathLike, checkpoints: Sequence[str | os.PathLike]) -> int:
