@@ -7,7 +7,16 @@ _base_ = "../_base_/runtime.py"
 model = dict(
     type="PackedDETR",
     data_preprocessor=dict(type="NativeResolutionPreprocessor", multiple=16),
-    backbone=dict(type="MoonViT", patch_size=8, channels=128, num_layers=4, num_heads=4, hidden_channels=512, position_grid=(16, 16)),
+    backbone=dict(
+        type="MoonViT",
+        patch_size=8,
+        channels=128,
+        num_layers=4,
+        num_heads=4,
+        hidden_channels=512,
+        position_grid=(16, 16),
+        position_std=0.02,                                     # it learns from nothing
+    ),
     neck=dict(type="MLPProjector", out_channels=128),
     num_classes=4,
     num_queries=25,

@@ -125,6 +125,7 @@ def test_weights_begin_as_published():
     assert feed_forward.linear2.weight.std().item() == pytest.approx((2 / 2048) ** 0.5, rel=0.02)
     assert not feed_forward.linear1.bias.any()
     assert model.positions.std().item() == pytest.approx(1, rel=0.02)
+    assert build(position_grid=(32, 32), position_std=0.02).positions.std().item() == pytest.approx(0.02, rel=0.02)
 
 
 @pytest.mark.parametrize("settings, said", [

@@ -40,6 +40,8 @@ class MoonViT(Trunk):
         position_grid: rows and columns of the learned table, which are interpolated bicubically for other grids.
         merge: rows and columns of patches that become one token, as many each; None: every patch is a token.
         rope_base: of the rotations.
+        position_std: of the numbers that the learned table begins with. 1, as published, is as much as a token's content and more, which is
+            for a table that is loaded; to learn from nothing, 0.02 lets the network see what is in an image from the start.
         checkpointing: which blocks' activations are computed again in the backward pass, less memory for more time: True,
             `dict(policy="sqrt")`, `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`.
         pretrained: a checkpoint of this network, or of any model with one, to start from; see `Trunk`.
@@ -55,7 +57,8 @@ class MoonViT(Trunk):
 
     def __init__(self, patch_size: int = 14, channels: int = 1152, num_layers: int = 27, num_heads: int = 16, hidden_channels: int = 4304,
                  position_grid: Sequence[int] = (64, 64), merge: Sequence[int] | None = (2, 2), rope_base: float = 10000.0,
-                 checkpointing: bool | str | Mapping = False, pretrained: str | None = None, init_cfg: Mapping | None = None) -> None:
+                 position_std: float = 1.0, checkpointing: bool | str | Mapping = False, pretrained: str | None = None,
+                 init_cfg: Mapping | None = None) -> None:
         super().__init__(pretrained, init_cfg)
         if min(patch_size, channels, num_layers, num_heads, hidden_channels) < 1:
             raise ValueError(f"patch_size, channels, num_layers, num_heads and hidden_channels are 1 or more, got {patch_size}, "
@@ -76,7 +79,7 @@ class MoonViT(Trunk):
         self.positions = nn.Parameter(torch.empty(*position_grid, channels))
         self.checkpointing = Checkpointing.of(checkpointing)
         self.encoder = VisionTransformerEncoder(num_layers, channels, num_heads, hidden_channels, "gelu_tanh", 1e-5, self.checkpointing)
-        nn.init.normal_(self.positions)
+        nn.init.normal_(self.positions, std=position_std)
         for block in self.encoder.blocks:
             for linear in (block.feed_forward.linear1, block.feed_forward.linear2):
                 nn.init.trunc_normal_(linear.weight, std=(2 / linear.in_features) ** 0.5)
