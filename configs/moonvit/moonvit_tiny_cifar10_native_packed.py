@@ -1,5 +1,5 @@
 """The same model and images, in batches of 2304 patches instead of 64 images, which are as many on average: every iteration takes equally
-long, and the log tells how full the packs are (`train/fill`). Not measured yet.
+long, and the log tells how full the packs are (`train/fill`). Top-1 accuracy 0.476, seed 0.
 
 VISIONKIT_DATA=where/the/data/is python tools/train.py configs/moonvit/moonvit_tiny_cifar10_native_packed.py
 """
