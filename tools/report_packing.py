@@ -51,7 +51,7 @@ def main() -> int:
         said = section.pop("batch_sampler", None)
         default = {"type": "ImageTokens"} if said is None else {"type": "OwnLength"}                     # as in training
         said = said or {}
-        max_tokens = arguments.max_tokens or said.get("max_tokens")
+        max_tokens = said.get("max_tokens") if arguments.max_tokens is None else arguments.max_tokens
         if max_tokens is None or arguments.processes < 1 or arguments.epochs < 1:
             raise ConfigError("say how many tokens a pack holds, --max-tokens, and 1 or more for --processes and --epochs")
         _, sampler, _ = build_data(section, "train_dataloader")

@@ -9,9 +9,15 @@ from torch.utils.data import DataLoader
 
 from visionkit.datasets import DrawSampler, InfiniteDrawSampler, PackedBatchSampler, sampler
 from visionkit.engine.loops import same_images
-from visionkit.registry import SAMPLERS, ConfigError
+from visionkit.registry import PACKERS, SAMPLERS, ConfigError
 
 LIMIT = 100
+
+
+@PACKERS.register_module()
+class NoPacker:
+    def __init__(self, max_tokens):
+        pass
 
 
 class Texts:
@@ -241,6 +247,8 @@ def test_a_loader_gives_the_batches_whatever_the_number_of_workers():
     (dict(packer=dict(type="BestFit", buckets=4)), r"^packer\.buckets: BestFit has no argument 'buckets'"),
     (dict(length=dict(type="ImageToken")), r"^length\.type: no length named 'ImageToken'\. Did you mean 'ImageTokens'"),
     (dict(length="ImageToken"), r"^length\.type: no length named 'ImageToken'\. Did you mean 'ImageTokens'"),
+    (dict(packer=dict(type="NoPacker")), r"^packer: a packer derives from visionkit.datasets.Packer, and NoPacker does not"),
+    (dict(filter_overlong="yes"), r"^filter_overlong: filter_overlong is True or False, got 'yes'"),
     (dict(packer=None), r"^packer: a packer is the name of one, .*; got None"),
     (dict(packer=dict(type="BestFit", max_tokens=20)), r"^packer\.max_tokens: the limit stands once"),
     (dict(max_tokens="4096"), r"^max_tokens: .* a whole number; got '4096'"),
@@ -270,6 +278,9 @@ def test_a_length_of_nothing_and_a_data_set_without_lengths_are_told():
     data = Texts(3)
     data.of_sample[1] = 0
     with pytest.raises(ValueError, match="OwnLength gives sample 1 a length of 0"):
+        len(batches_of(data))
+    data.of_sample[1] = 20.5
+    with pytest.raises(ValueError, match="OwnLength gives a sample a length of 20.5; a length is a whole number of tokens"):
         len(batches_of(data))
     with pytest.raises(ConfigError, match=r"range has no method sample_length\(index\); for images choose dict\(type='ImageTokens'\)"):
         len(batches_of(range(5)))

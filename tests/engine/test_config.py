@@ -1,4 +1,6 @@
 """Configs: reading, options from the command line, and what is refused."""
+import sys
+
 import pytest
 
 from visionkit.engine.config import apply_option, load_config
@@ -100,3 +102,16 @@ def test_a_value_that_is_not_plain_is_refused_with_its_place(tmp_path, value):
 def test_a_config_that_fails_is_named_with_its_error(tmp_path, text, message):
     with pytest.raises(ConfigError, match=f"(?s)card.py' cannot be read: {message}"):
         load_config(write(tmp_path, "card.py", text))
+
+
+def test_an_option_may_name_modules_to_import(tmp_path, monkeypatch):
+    (tmp_path / "parts_of_mine.py").write_text("imported = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    card = write(tmp_path, "card.py", "a = 1")
+    assert "parts_of_mine" not in sys.modules
+    load_config(card, ["+custom_imports={'imports': ['parts_of_mine']}"])
+    assert sys.modules.pop("parts_of_mine").imported
+    with pytest.raises(ConfigError, match=r"^custom_imports\.imports: .*not_there"):
+        load_config(card, ["+custom_imports={'imports': ['not_there']}"])
+    with pytest.raises(ConfigError, match=r"^custom_imports: this is dict\(imports=\[...\]\), the names of modules, got \['os'\]"):
+        load_config(card, ["+custom_imports=['os']"])

@@ -109,6 +109,12 @@ def test_predictions_below_the_threshold_are_left_out(weights):
     assert len(visionkit.Detector(config(), weights, score_threshold=0.95)(picture()).pred_instances) == 0
 
 
+def test_a_model_that_finds_no_objects_is_one_message(detector, monkeypatch):
+    monkeypatch.setattr(BrightestBlock, "predict", lambda self, images, samples: samples)
+    with pytest.raises(ConfigError, match="^model: BrightestBlock finds no objects, so there is nothing to draw; tools/test.py"):
+        detector(picture())
+
+
 def test_a_huge_image_works(detector):
     assert detector(picture((6000, 8000), (1000, 2000, 3000, 4000))).pred_instances.bboxes[0].tolist() == [1000, 2000, 3000, 4000]
 

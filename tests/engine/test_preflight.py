@@ -2,6 +2,7 @@ import copy
 import json
 import random
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -10,7 +11,15 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from visionkit.engine.preflight import check_classes, check_components, check_keys, check_sections, preflight
+from visionkit.datasets import ImageTokens
+from visionkit.engine.preflight import (
+    check_classes,
+    check_components,
+    check_keys,
+    check_sections,
+    check_tokens,
+    preflight,
+)
 from visionkit.models.base import Model
 from visionkit.registry import DATASETS, HEADS, HOOKS, MODELS, TRANSFORMS, ConfigError
 
@@ -354,3 +363,19 @@ def test_data_sets_within_a_wrapper_are_checked(folder):
     preflight(cfg)
     cfg.train_dataloader.dataset.datasets[1].data_prefix = dict(img="elsewhere")
     fails(cfg, r"^train_dataloader\.dataset\.datasets\[1\]: 3 of 3 image files")
+
+
+def test_packs_count_the_patches_that_the_model_makes():
+    """Or a limit on memory is passed without a word: patches of 28 pixels are a quarter of those of 14."""
+    def check(**settings):
+        model = MODELS.build(dict(type="ImageClassifier", num_classes=2, data_preprocessor=dict(type="NativeResolutionPreprocessor"),
+                                  backbone=dict(type="MoonViT", channels=8, num_layers=1, num_heads=2, hidden_channels=8,
+                                                position_grid=(2, 2))))
+        batches = SimpleNamespace(length=ImageTokens(**settings))
+        check_tokens(model, batches, ("train_dataloader",))
+
+    check()
+    for wrong in (dict(patch_size=28), dict(merge=1), dict(patch_size=7, merge=4)):
+        with pytest.raises(ConfigError, match=r"^train_dataloader\.batch_sampler\.length: the model cuts patches of 14 pixels .* of 28, "
+                                              r".*take dict\(type='ImageTokens', patch_size=14, merge=2\)"):
+            check(**wrong)

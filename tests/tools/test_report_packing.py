@@ -36,9 +36,10 @@ def test_a_length_that_python_cannot_read_is_one_message(project, tool, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "say how many tokens a pack holds, --max-tokens"),
+    (["--max-tokens", "0"], "max_tokens is how many tokens a pack holds at most, 1 or more; got 0"),
     (["--max-tokens", "50", "--packers", "best"], "no packer named 'best'. Did you mean"),
     (["--max-tokens", "9", "--filter-overlong"], "no sample has 9 tokens or less"),
-], ids=["no limit", "no packer", "nothing fits"])
+], ids=["no limit", "a limit of 0", "no packer", "nothing fits"])
 def test_wrong_arguments_are_told(project, tool, capsys, arguments, message):
     assert tool("report_packing", "config.py", *arguments) == 2
     assert message in capsys.readouterr().err

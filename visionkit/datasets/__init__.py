@@ -7,7 +7,7 @@ from visionkit.datasets.detection import DetectionDataset
 from visionkit.datasets.image_folder import ImageFolder
 from visionkit.datasets.lengths import ImageTokens, OwnLength
 from visionkit.datasets.packed_batches import PackedBatchSampler
-from visionkit.datasets.packing import Balanced, BestFit, NextFit, Pack, pack_all
+from visionkit.datasets.packing import Balanced, BestFit, NextFit, Pack, Packer, pack_all
 from visionkit.datasets.report import DatasetReport
 from visionkit.datasets.roots import resolve
 from visionkit.datasets.sampler import Draw, DrawSampler, InfiniteDrawSampler, seeded
@@ -18,4 +18,5 @@ from visionkit.datasets.workers import worker_init
 
 __all__ = ["CIFAR", "Balanced", "BestFit", "CocoDataset", "CocoInstancesAsPanoptic", "CocoPanopticDataset", "Dataset", "DatasetReport",
            "DetectionDataset", "Draw", "DrawSampler", "ImageFolder", "ImageTokens", "InfiniteDrawSampler", "NextFit", "OwnLength", "Pack",
-           "PackedBatchSampler", "ShapesDataset", "VOCDataset", "images_per_second", "pack_all", "resolve", "seeded", "worker_init"]
+           "PackedBatchSampler", "Packer", "ShapesDataset", "VOCDataset", "images_per_second", "pack_all", "resolve", "seeded",
+           "worker_init"]

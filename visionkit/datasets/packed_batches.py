@@ -6,12 +6,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count, islice
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from mmengine.logging import print_log
 from torch.utils.data import Sampler
 
-from visionkit.datasets.packing import Pack, pack_all
+from visionkit.datasets.packing import Pack, Packer, pack_all
 from visionkit.datasets.sampler import Draw, DrawSampler, InfiniteDrawSampler, draw_seed
 from visionkit.registry import LENGTHS, PACKERS, SAMPLERS, ConfigError
 
@@ -80,7 +81,11 @@ class PackedBatchSampler(Sampler[list[Draw]]):
         length = {"type": length} if isinstance(length, str) else length
         self.sampler, self.batch_size, self.max_tokens, self.filter_overlong = sampler, batch_size, max_tokens, filter_overlong
         self.packer = {"type": packer} if isinstance(packer, str) else packer
-        self._packer()                                       # a wrong setting shows now
+        if not isinstance(filter_overlong, bool):
+            raise ConfigError(f"filter_overlong is True or False, got {filter_overlong!r}", ("filter_overlong",))
+        if not isinstance(self._packer(), Packer):           # a wrong setting shows now, too
+            raise ConfigError(f"a packer derives from visionkit.datasets.Packer, and {type(self._packer()).__name__} does not",
+                              ("packer",))
         self.length = LENGTHS.make(length or {"type": "OwnLength"}, at="length")
         named = dict(length) if isinstance(length, Mapping) else type(self.length).__name__
         self.recipe = repr((max_tokens, dict(self.packer), named, filter_overlong))      # what packs depend on, beside the order
@@ -169,7 +174,10 @@ class PackedBatchSampler(Sampler[list[Draw]]):
         if hasattr(self.length, "of_draws"):
             lengths = self.length.of_draws(dataset, draws)
         else:
-            lengths = [int(self.length(dataset, draw)) for draw in draws]
+            lengths = [self.length(dataset, draw) for draw in draws]
+        wrong = next((length for length in lengths if not isinstance(length, Integral)), None)
+        if wrong is not None:
+            raise ValueError(f"{type(self.length).__name__} gives a sample a length of {wrong!r}; a length is a whole number of tokens")
         if min(lengths, default=1) < 1:
             shortest = lengths.index(min(lengths))
             raise ValueError(f"{type(self.length).__name__} gives sample {int(draws[shortest])} a length of {lengths[shortest]}; a sample "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.utils import import_modules_from_strings
 
 from visionkit.registry import SCOPE, ConfigError, did_you_mean, dotted
 
@@ -35,9 +36,22 @@ def load_config(path: str | os.PathLike, options: Sequence[str] = ()) -> Config:
     settings = {key: value for key, value in loaded.to_dict().items() if not callable(value)}    # what it imports is no setting
     for option in options:
         apply_option(settings, option)
+    _import_modules(settings.get("custom_imports"), given=loaded.get("custom_imports"))
     settings.setdefault("default_scope", SCOPE)
     # unformatted: formatting takes seconds, and mmengine asks for the text at every checkpoint
     return Config(plain_settings(settings), cfg_text=loaded.text, filename=str(path), format_python_code=False)
+
+
+def _import_modules(wanted: Any, given: Any) -> None:
+    """Import what an option has put into `custom_imports`; what stands in the file, `given`, was imported when it was read."""
+    if not wanted or wanted == given:
+        return
+    if not isinstance(wanted, Mapping) or not set(wanted) <= {"imports", "allow_failed_imports"}:
+        raise ConfigError(f"this is dict(imports=[...]), the names of modules, got {wanted!r}", ("custom_imports",))
+    try:
+        import_modules_from_strings(**wanted)
+    except ImportError as error:
+        raise ConfigError(f"{error}", ("custom_imports", "imports")) from error
 
 
 def apply_option(settings: dict[str, Any], option: str) -> None:

@@ -114,6 +114,9 @@ class Detector:
             else:
                 samples = step(collated)
         for sample in samples:
+            if "pred_instances" not in sample:
+                raise ConfigError(f"{type(self.model).__name__} finds no objects, so there is nothing to draw; tools/test.py scores it",
+                                  ("model",))
             found = sample.pred_instances.to("cpu")
             sample.pred_instances = found[found.scores >= self.score_threshold]
         return [sample.to("cpu") for sample in samples]

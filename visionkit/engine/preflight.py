@@ -24,6 +24,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from visionkit.datasets.lengths import ImageTokens
 from visionkit.datasets.packed_batches import PackedBatchSampler
 from visionkit.datasets.sampler import InfiniteDrawSampler, seeded
 from visionkit.engine.activation_checkpointing import parts_to_recompute
@@ -114,6 +115,7 @@ def preflight(cfg: Config, training: bool = True) -> None:
         for path, section in _loaders(cfg, training):
             dataset, sampler, batch_sampler = build_data(section, *path)
             check_batches(cfg, sampler, batch_sampler, path)
+            check_tokens(model, batch_sampler, path)
             check_data(dataset, (*path, "dataset"), training=path == ("train_dataloader",))
             load_first(dataset, sampler, (*path, "dataset"))
             if path == ("train_dataloader",):
@@ -365,6 +367,21 @@ def check_batches(cfg: Mapping[str, Any], sampler: Any, batch_sampler: Any, path
     if inspect.isclass(loop) and issubclass(loop, EpochBasedTrainLoop) and isinstance(sampler, (InfiniteDrawSampler, InfiniteSampler)):
         raise ConfigError(f"{type(sampler).__name__} never comes to the end of an epoch, which {loop.__name__} waits for; take a "
                           f"DrawSampler, or train by iterations: train_cfg=dict(type='IterLoop', max_iters=...)", (*path, "sampler"))
+
+
+def check_tokens(model: nn.Module, batch_sampler: Any, path: Path) -> None:
+    """Packs count the patches that the model's backbone makes of an image."""
+    length = getattr(batch_sampler, "length", None)
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(length, ImageTokens) or not hasattr(backbone, "patch_size"):
+        return
+    multiple = getattr(getattr(model, "data_preprocessor", None), "multiple", backbone.strides[-1])
+    if (length.patch_size, length.patch_size * length.merge) != (backbone.patch_size, multiple):
+        counted = length.patch_size * length.merge
+        raise ConfigError(f"the model cuts patches of {backbone.patch_size} pixels out of images that are filled up to multiples of "
+                          f"{multiple}, and packs count patches of {length.patch_size} pixels and multiples of {counted}; take "
+                          f"dict(type='ImageTokens', patch_size={backbone.patch_size}, merge={multiple // backbone.patch_size})",
+                          (*path, "batch_sampler", "length"))
 
 
 def build_schedule(cfg: Config, model: nn.Module, epoch_length: int) -> None:

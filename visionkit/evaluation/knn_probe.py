@@ -39,7 +39,8 @@ class KNNProbe(ProbeMetric):
 
     def measure(self, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
         if self.neighbours > len(train):
-            raise ConfigError(f"{self.neighbours} neighbours are to vote and there are {len(train)} training images", ("neighbours",))
+            raise ConfigError(f"{self.neighbours} neighbours are to vote and there are {len(train)} training images; set fewer, as in "
+                              f"dict(type='KNNProbe', neighbours={max(1, len(train) // 10)})", ("neighbours",))
         for matrix in (train, test):
             matrix /= matrix.norm(dim=1, keepdim=True).clamp(min=1e-12)
         classes = int(max(train_labels.max(), test_labels.max())) + 1

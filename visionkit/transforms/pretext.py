@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionkit.registry import TRANSFORMS
+from visionkit.registry import TRANSFORMS, ConfigError
 from visionkit.structures import ImageList
 
 # B images of C channels and H x W pixels, S x S where they are square; P pixels the side of a patch or tile, N patches an image,
@@ -77,8 +77,8 @@ class FourRotations(nn.Module):
         height, width = images.shape[2:]
         if height != width:
             side = min(height, width)
-            raise ValueError(f"FourRotations turns square images only, got {height}x{width} pixels; put dict(type='RandomCrop', "
-                             f"size=({side}, {side})) or dict(type='Resize', scale=({side}, {side})) before PackSample into the pipeline")
+            raise ConfigError(f"FourRotations turns square images only, got {height}x{width} pixels; put dict(type='RandomCrop', "
+                              f"size=({side}, {side})) or dict(type='Resize', scale=({side}, {side})) before PackSample into the pipeline")
         turned = images.transpose(2, 3)
         views = _four(images)
         views[:, 0] = images
@@ -141,7 +141,7 @@ class PatchGrid(nn.Module):
         offsets = self.draw_offsets(images, generator)
         patches = cut_out(images, offsets, self.patch)
         if self.color is not None and images.shape[1] != 3:
-            raise ValueError(f"color={self.color!r} needs images of three channels, got {images.shape[1]}; set color=None")
+            raise ConfigError(f"color={self.color!r} needs images of three channels, got {images.shape[1]}; set color=None")
         if self.color == "drop":
             patches = drop_channels(patches, generator)
         elif self.color == "project":
@@ -152,9 +152,9 @@ class PatchGrid(nn.Module):
         """[B, 9, 2] int64: (y, x) of the top left corner of each patch, pixels."""
         batch, _, height, width = images.shape
         if min(height, width) < self.least_side:
-            raise ValueError(f"three patches of {self.patch} pixels with gaps of {self.gap}, moved by up to {self.jitter}, need images of "
-                             f"at least {self.least_side}x{self.least_side} pixels, got {height}x{width}; resize to more, or set a "
-                             f"smaller patch or gap")
+            raise ConfigError(f"three patches of {self.patch} pixels with gaps of {self.gap}, moved by up to {self.jitter}, need images of "
+                              f"at least {self.least_side}x{self.least_side} pixels, got {height}x{width}; resize to more, or set a "
+                              f"smaller patch or gap")
         draw = functools.partial(torch.randint, generator=generator, device=images.device)
         corner = torch.stack([draw(0, side - self.least_side + 1, (batch,)) for side in (height, width)], -1)    # [B, 2]
         moved = draw(0, 2 * self.jitter + 1, (batch, _CELLS, 2))
@@ -221,10 +221,10 @@ class JigsawTiles(nn.Module):
         batch, channels, height, width = images.shape
         cell = torch.tensor([height // 3, width // 3])
         if cell.min() <= self.tile:
-            raise ValueError(f"a tile of {self.tile} pixels needs room to move in its cell, a third of the image, so images of at least "
-                             f"{3 * self.tile + 3}x{3 * self.tile + 3}, got {height}x{width}; resize to more, or set a smaller tile")
+            raise ConfigError(f"a tile of {self.tile} pixels needs room to move in its cell, a third of the image, so images of at least "
+                              f"{3 * self.tile + 3}x{3 * self.tile + 3}, got {height}x{width}; resize to more, or set a smaller tile")
         if self.grey and channels != 3:
-            raise ValueError(f"grey={self.grey} needs images of three channels, got {channels}; set grey=0")
+            raise ConfigError(f"grey={self.grey} needs images of three channels, got {channels}; set grey=0")
         generator = _generator(self, images)
         draw = functools.partial(torch.randint, generator=generator, device=images.device)
         moved = torch.stack([draw(0, side - self.tile + 1, (batch, _CELLS)) for side in cell.tolist()], -1)        # [B, 9, 2]

@@ -1,6 +1,8 @@
 """What rotation, relative patch location and jigsaw have in common: puzzles of whole images, a trunk, answers."""
 import copy
 import io
+import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -234,3 +236,33 @@ def test_nothing_in_a_pretext_model_is_called_num_classes():
     """Pre-flight would compare it with the classes of the data set."""
     for name in CONFIGS:
         assert not [part for part in build(name).modules() if hasattr(part, "num_classes")]
+
+
+class UpOrDown(torch.nn.Module):
+    """A plugin's puzzle of two answers in the place of the rotations."""
+    num_answers = 2
+
+    def forward(self, images):
+        views = torch.stack([images, images.flip(2)], 1)
+        return Turned(views, torch.arange(2).expand(len(images), 2))
+
+
+class Turned(NamedTuple):
+    views: torch.Tensor
+    labels: torch.Tensor
+
+
+def test_a_puzzle_of_another_number_of_answers_has_a_head_for_them(pictures):
+    model = build("rotation", puzzle=UpOrDown())
+    assert scores(model, pictures(3, SIDE))[0].shape == (2, 2)
+    assert model.loss(pictures(3, SIDE), samples(3))["loss_pretext"].item() == pytest.approx(math.log(2), rel=0.1)
+
+
+@pytest.mark.parametrize("name, other, wanted", [("rotation", "jigsaw", "views and labels"), ("relative patch", "jigsaw", "patches"),
+                                                 ("relative patch", "rotation", "patches")])
+def test_a_puzzle_for_another_model_is_one_message(name, other, wanted, pictures):
+    puzzle = CONFIGS[other].get("puzzle", {"type": "FourRotations"})
+    with pytest.raises(ConfigError, match=rf"^model\.puzzle: this model wants {wanted} of its puzzle, and {puzzle['type']} makes .*, "):
+        build(name, puzzle=puzzle).loss(pictures(2, SIDE), samples(2))
+    with pytest.raises(ConfigError, match=r"puzzle: Jigsaw wants a puzzle with permutations.*and FourRotations has none"):
+        build("jigsaw", puzzle={"type": "FourRotations"})

@@ -1,12 +1,13 @@
 """What models that solve puzzles share: whole images to make the puzzles of, embeddings of pieces, and answers beside the right ones."""
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionkit.registry import ConfigError
 from visionkit.structures import ImageBatch, ImageList, InstanceData, Sample
 
 # B images, T puzzles an image, K answers to choose from; N pieces of an image, P pixels the side of one
@@ -29,18 +30,32 @@ class Answers(NamedTuple):
         return samples
 
 
+def puzzle_of(puzzle: nn.Module, images: Tensor | ImageList, *fields: str) -> Any:
+    """What a puzzle makes of images, which has these fields.
+
+    Raises:
+        ConfigError: it makes something else: it is a puzzle for another model.
+    """
+    made = puzzle(images)
+    if not all(hasattr(made, field) for field in fields):
+        has = ", ".join(getattr(made, "_fields", ())) or f"a {type(made).__name__}"
+        raise ConfigError(f"this model wants {' and '.join(fields)} of its puzzle, and {type(puzzle).__name__} makes {has}; it is a puzzle "
+                          f"for another model", ("model", "puzzle"))
+    return made
+
+
 def whole_images(images: ImageBatch) -> Tensor:
     """[B, 3, H, W] of a batch without padding, whose place in a view or patch would give the answer away.
 
     Raises:
-        ValueError: an image is padded.
+        ConfigError: an image is padded.
     """
     if images.padded:
         height, width = images.tensor.shape[2:]
         smaller = next(size for size in images.sizes if size != (height, width))
-        raise ValueError(f"padding gives the answer of a puzzle away, and an image of {smaller[0]}x{smaller[1]} is padded to "
-                         f"{height}x{width}; end the pipeline with a crop or resize that makes all images one size, and set "
-                         f"data_preprocessor=dict(type='ImagePreprocessor', pad_divisor=1)")
+        raise ConfigError(f"padding gives the answer of a puzzle away, and an image of {smaller[0]}x{smaller[1]} is padded to "
+                          f"{height}x{width}; end the pipeline with a crop or resize that makes all images one size, and set "
+                          f"data_preprocessor=dict(type='ImagePreprocessor', pad_divisor=1)")
     return images.tensor
 
 
@@ -48,13 +63,13 @@ def whole_list(images: ImageList) -> ImageList:
     """Images of their own sizes, none of which is padded.
 
     Raises:
-        ValueError: an image is padded.
+        ConfigError: an image is padded.
     """
     for image, size in zip(images.images, images.sizes, strict=True):
         if size != tuple(image.shape[1:]):
-            raise ValueError(f"padding gives the answer of a puzzle away, and an image of {size[0]}x{size[1]} is padded to "
-                             f"{image.shape[1]}x{image.shape[2]}; end the pipeline with a resize to multiples of the preprocessor's "
-                             f"`multiple`, such as dict(type='RandomNativeResize')")
+            raise ConfigError(f"padding gives the answer of a puzzle away, and an image of {size[0]}x{size[1]} is padded to "
+                              f"{image.shape[1]}x{image.shape[2]}; end the pipeline with a resize to multiples of the preprocessor's "
+                              f"`multiple`, such as dict(type='RandomNativeResize')")
     return images
 
 

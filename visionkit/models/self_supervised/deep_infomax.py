@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from visionkit.models.base import Model
 from visionkit.models.losses import InfoNCELoss
-from visionkit.registry import BACKBONES, LOSSES, MODELS
+from visionkit.registry import BACKBONES, LOSSES, MODELS, ConfigError
 from visionkit.structures import ImageBatch, InstanceData, Sample
 
 # N images, L = h * w locations of the map that gives local features, C its channels, D of the global vector, U of the space of scores
@@ -108,7 +108,8 @@ class DeepInfoMax(Model):
             ValueError: fewer than two images.
         """
         if len(images) < 2:
-            raise ValueError(f"negatives are the other images of a batch, and there is {len(images)} image in this one; set drop_last=True")
+            raise ConfigError(f"negatives are the other images of a batch, and there is {len(images)} image in this one; a batch_size is 2 "
+                              f"or more, and drop_last=True leaves a smaller last batch out", ("train_dataloader",))
         encoded = self(images)
         losses = {}
         if self.alpha:

@@ -4,8 +4,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from visionkit.models.base import Model
-from visionkit.models.self_supervised.answers import Answers, check_pool, embed_pieces, whole_images
-from visionkit.registry import BACKBONES, HEADS, MODELS, TRANSFORMS
+from visionkit.models.self_supervised.answers import Answers, check_pool, embed_pieces, puzzle_of, whole_images
+from visionkit.registry import BACKBONES, HEADS, MODELS, TRANSFORMS, ConfigError
 from visionkit.structures import ImageBatch, Sample
 
 # B images, T puzzles an image, K orders there are, D numbers an embedding, P pixels the side of a tile
@@ -31,13 +31,16 @@ class Jigsaw(Model):
         super().__init__(data_preprocessor)
         self.pool = check_pool(pool)
         self.puzzle = TRANSFORMS.make(puzzle or {"type": "JigsawTiles"}, at="puzzle")
+        if not hasattr(self.puzzle, "permutations"):
+            raise ConfigError(f"Jigsaw wants a puzzle with permutations, such as JigsawTiles, and {type(self.puzzle).__name__} has none; "
+                              f"it is a puzzle for another model", ("puzzle",))
         self.backbone = BACKBONES.make(backbone, at="backbone")
         self.head = HEADS.make(head or {"type": "JigsawHead"}, at="head", in_channels=self.backbone.out_channels[-1] * pool**2,
                                num_answers=len(self.puzzle.permutations))
 
     def forward(self, images: ImageBatch) -> Answers:
         """Logits [B, T, K] of every puzzle, and the right orders [B, T]."""
-        puzzle = self.puzzle(whole_images(images))
+        puzzle = puzzle_of(self.puzzle, whole_images(images), "tiles", "orders", "labels")
         embeddings = embed_pieces(self.backbone, puzzle.tiles, self.pool)                    # [B, 9, D]
         return Answers(self.head(embeddings, puzzle.orders), puzzle.labels)
 

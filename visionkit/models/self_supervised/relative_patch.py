@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from visionkit.models.base import Model
-from visionkit.models.self_supervised.answers import Answers, check_pool, embed_pieces, whole_images
+from visionkit.models.self_supervised.answers import Answers, check_pool, embed_pieces, puzzle_of, whole_images
 from visionkit.registry import BACKBONES, HEADS, MODELS, TRANSFORMS
 from visionkit.structures import ImageBatch, Sample
 
@@ -37,7 +37,7 @@ class RelativePatch(Model):
 
     def forward(self, images: ImageBatch) -> Answers:
         """Logits [B, 8, 8] of the pairs of the centre with each neighbour, in raster order, and the answers [B, 8], 0 to 7."""
-        patches = self.puzzle(whole_images(images)).patches                                  # [B, 9, 3, P, P]
+        patches = puzzle_of(self.puzzle, whole_images(images), "patches").patches            # [B, 9, 3, P, P]
         embeddings = embed_pieces(self.backbone, patches, self.pool)                         # [B, 9, D]
         neighbours = torch.cat([embeddings[:, :4], embeddings[:, 5:]], 1)                    # [B, 8, D]
         centre = embeddings[:, 4:5].expand_as(neighbours)

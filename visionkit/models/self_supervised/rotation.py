@@ -4,7 +4,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from visionkit.models.base import Model, last_features
-from visionkit.models.self_supervised.answers import Answers, whole_images, whole_list
+from visionkit.models.self_supervised.answers import Answers, puzzle_of, whole_images, whole_list
 from visionkit.registry import BACKBONES, HEADS, MODELS, TRANSFORMS
 from visionkit.structures import ImageBatch, ImageList, Sample
 
@@ -18,7 +18,7 @@ class Rotation(Model):
     Args:
         backbone: images to feature maps, of which the last is read, or to tokens.
         head: features to four logits; by default `RotationHead`.
-        puzzle: images to their rotations; by default `FourRotations`.
+        puzzle: images to their rotations; by default `FourRotations`. Another one may tell its `num_answers`, which are 4 otherwise.
         data_preprocessor: raw images to a batch or a list, which must not be padded.
 
     Images of their own sizes show by their shape whether they were turned by a quarter, if the data has mostly wide ones, say: let the
@@ -31,17 +31,22 @@ class Rotation(Model):
         super().__init__(data_preprocessor)
         self.puzzle = TRANSFORMS.make(puzzle or {"type": "FourRotations"}, at="puzzle")
         self.backbone = BACKBONES.make(backbone, at="backbone")
-        self.head = HEADS.make(head or {"type": "RotationHead"}, at="head", in_channels=self.backbone.out_channels[-1])
+        self.head = HEADS.make(head or {"type": "RotationHead"}, at="head", in_channels=self.backbone.out_channels[-1],
+                               num_answers=getattr(self.puzzle, "num_answers", 4))
 
     def forward(self, images: ImageBatch | ImageList) -> Answers:
         """Logits [B, 4, 4] of every rotation of every image, and the rotations [B, 4]."""
         if isinstance(images, ImageList):
-            views, labels = self.puzzle(whole_list(images))                  # B * 4 images, [B, 4]
+            views, labels = self._turned(whole_list(images))                 # B * 4 images, [B, 4]
         else:
-            views, labels = self.puzzle(whole_images(images))                # [B, 4, 3, S, S], [B, 4]
+            views, labels = self._turned(whole_images(images))               # [B, 4, 3, S, S], [B, 4]
             views = views.flatten(0, 1)
         features = last_features(self.backbone, views)                       # [B * 4, C, h, w], or the tokens of B * 4 views
         return Answers(self.head(features).unflatten(0, labels.shape), labels)
+
+    def _turned(self, images: Tensor | ImageList) -> tuple[Tensor | ImageList, Tensor]:
+        made = puzzle_of(self.puzzle, images, "views", "labels")
+        return made.views, made.labels
 
     def loss(self, images: ImageBatch | ImageList, samples: list[Sample]) -> dict[str, Tensor]:
         """Eq. 2 and 3: the mean over images of the mean over their rotations."""

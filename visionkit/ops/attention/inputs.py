@@ -38,6 +38,8 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqle
         raise ValueError(f"q and k must have at least one channel, got {list(q.shape)} and {list(k.shape)}")
     _check_groups(q.shape[1], k.shape[1], grouped)
     for name, borders in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(borders, Tensor):
+            raise ValueError(f"{name} must be a tensor of int32, [0, ..., number of tokens], got a {type(borders).__name__}")
         if borders.dtype != torch.int32 or borders.ndim != 1 or not len(borders):
             raise ValueError(f"{name} must be one row of int32, [0, ..., number of tokens], got {borders.dtype} {list(borders.shape)}")
         if borders.device != q.device:
