@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from visionkit.datasets import Balanced, BestFit, NextFit, Pack, pack_all
+from visionkit.datasets import Balanced, BestFit, NextFit, Pack, Packer, pack_all
 from visionkit.registry import PACKERS, ConfigError
 
 # ------------------------------------------------------------------------------------------------ slow references, lists of lengths only
@@ -235,3 +235,14 @@ def test_lengths_that_no_pack_can_hold_are_told():
     for length in (0, 11):
         with pytest.raises(ValueError, match=f"1 to max_tokens=10 tokens, got {length}"):
             NextFit(10).add("image", length)
+
+
+def test_a_packer_of_ones_own_is_one_method():
+    """As docs/data.md shows it."""
+    class Alone(Packer):
+        def _add(self, item, length):
+            return [Pack([item], [length], length)]
+
+    packs = list(pack_all([("a", 3), ("b", 10), ("c", 11)], Alone(10)))
+    assert [(pack.items, pack.tokens) for pack in packs] == [(["a"], 3), (["b"], 10), (["c"], 11)]
+    assert Alone(10).flush() == []
