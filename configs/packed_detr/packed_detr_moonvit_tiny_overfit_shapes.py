@@ -1,5 +1,5 @@
 """The same detector learns 16 scenes by heart, each at other sizes and aspects whenever it is seen, always several in a batch: a check
-that it can, not a detector. Not measured yet.
+that it can, not a detector. On these scenes AP 0.650, AP50 0.713, seed 0 (docs/benchmarks.md).
 
 python tools/train.py configs/packed_detr/packed_detr_moonvit_tiny_overfit_shapes.py
 """
