@@ -8,6 +8,7 @@ train_dataloader = dict(dataset=dict(num_images=16))
 val_dataloader = dict(dataset=dict(num_images=16, seed=0))     # the same scenes
 test_dataloader = dict(dataset=dict(num_images=16, seed=0))
 train_cfg = dict(type="EpochLoop", max_epochs=600, val_interval=100)
+optim_wrapper = dict(optimizer=dict(lr=5e-4))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.02, by_epoch=False, begin=0, end=50),
     dict(type="CosineAnnealingLR", T_max=600, begin=0, end=600, convert_to_iter_based=True),
