@@ -1,6 +1,6 @@
 """DETR on the packed tokens of a small MoonViT: generated shapes on scenes of 96 to 192 pixels a side, every batch of mixed sizes and
-aspects, no padding mask anywhere (arXiv:2005.12872, arXiv:2504.07491). One epoch is
-too little for a DETR from nothing, AP50 0.010; packed_detr_moonvit_tiny_overfit_shapes.py shows that it learns.
+aspects, no padding mask anywhere (arXiv:2005.12872, arXiv:2504.07491). One epoch is too little for a DETR from nothing, AP50 0.010;
+packed_detr_moonvit_tiny_overfit_shapes.py shows that it learns.
 
 python tools/train.py configs/packed_detr/packed_detr_moonvit_tiny_shapes.py
 """

@@ -280,7 +280,7 @@ def test_a_length_of_nothing_and_a_data_set_without_lengths_are_told():
     with pytest.raises(ValueError, match="OwnLength gives sample 1 a length of 0"):
         len(batches_of(data))
     data.of_sample[1] = 20.5
-    with pytest.raises(ValueError, match="OwnLength gives a sample a length of 20.5; a length is a whole number of tokens"):
+    with pytest.raises(ValueError, match="OwnLength gives sample 1 a length of 20.5; a sample has 1 token or more, a whole number"):
         len(batches_of(data))
     with pytest.raises(ConfigError, match=r"range has no method sample_length\(index\); for images choose dict\(type='ImageTokens'\)"):
         len(batches_of(range(5)))

@@ -306,6 +306,8 @@ def test_weights_of_a_compiled_model_are_those_of_the_model(net, tmp_path, prefi
     torch.save({f"{prefix}{key}": torch.full_like(value, 3) for key, value in net.state_dict().items()}, tmp_path / "compiled.pth")
     load_weights(net, tmp_path / "compiled.pth")
     assert all((value == 3).all() for value in net.state_dict().values())
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "plain.pth")
+    assert read_checkpoint(tmp_path / "plain.pth")["state_dict"]._metadata == net.state_dict()._metadata     # where nothing is to be done
     outer = torch.nn.ModuleDict({"part": torch.compile(net), "head": torch.nn.Linear(1, 1)})        # is saved and read as it is
     torch.save({key: torch.full_like(value, 4) for key, value in outer.state_dict().items()}, tmp_path / "part.pth")
     load_weights(outer, tmp_path / "part.pth")

@@ -83,9 +83,9 @@ class PackedBatchSampler(Sampler[list[Draw]]):
         self.packer = {"type": packer} if isinstance(packer, str) else packer
         if not isinstance(filter_overlong, bool):
             raise ConfigError(f"filter_overlong is True or False, got {filter_overlong!r}", ("filter_overlong",))
-        if not isinstance(self._packer(), Packer):           # a wrong setting shows now, too
-            raise ConfigError(f"a packer derives from visionkit.datasets.Packer, and {type(self._packer()).__name__} does not",
-                              ("packer",))
+        made = self._packer()                                # a wrong setting shows now
+        if not isinstance(made, Packer):
+            raise ConfigError(f"a packer derives from visionkit.datasets.Packer, and {type(made).__name__} does not", ("packer",))
         self.length = LENGTHS.make(length or {"type": "OwnLength"}, at="length")
         named = dict(length) if isinstance(length, Mapping) else type(self.length).__name__
         self.recipe = repr((max_tokens, dict(self.packer), named, filter_overlong))      # what packs depend on, beside the order
@@ -175,14 +175,11 @@ class PackedBatchSampler(Sampler[list[Draw]]):
             lengths = self.length.of_draws(dataset, draws)
         else:
             lengths = [self.length(dataset, draw) for draw in draws]
-        wrong = next((length for length in lengths if not isinstance(length, Integral)), None)
-        if wrong is not None:
-            raise ValueError(f"{type(self.length).__name__} gives a sample a length of {wrong!r}; a length is a whole number of tokens")
-        if min(lengths, default=1) < 1:
-            shortest = lengths.index(min(lengths))
-            raise ValueError(f"{type(self.length).__name__} gives sample {int(draws[shortest])} a length of {lengths[shortest]}; a sample "
-                             f"has 1 token or more")
-        return lengths
+        for draw, length in zip(draws, lengths, strict=True):
+            if not isinstance(length, Integral) or length < 1:
+                raise ValueError(f"{type(self.length).__name__} gives sample {int(draw)} a length of {length}; a sample has 1 token or "
+                                 f"more, a whole number")
+        return [int(length) for length in lengths]
 
     def _draw(self, place: Place) -> Draw:
         return Draw(place.index, draw_seed(self.sampler.seed, place.epoch, place.position))

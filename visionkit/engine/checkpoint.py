@@ -182,7 +182,9 @@ def _unwrapped(state_dict: Any) -> Any:
     wrapped takes names without it, too; a part that is compiled does not, so in the middle of names `_orig_mod.` stays."""
     if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
         return state_dict
-    compiled = bool(state_dict) and all(COMPILED.match(key) for key in state_dict)
+    compiled = all(COMPILED.match(key) for key in state_dict)
+    if not compiled and not any(WRAPPED in key for key in state_dict):
+        return state_dict                                    # with torch's versions of its parts, which a plain dict does not carry
     return {(COMPILED.sub("", key) if compiled else key).replace(WRAPPED, ""): value for key, value in state_dict.items()}
 
 

@@ -69,7 +69,7 @@ class FourRotations(nn.Module):
         """[B, C, S, S], or images of their own sizes and shapes, to four views of each.
 
         Raises:
-            ValueError: the images are in one tensor, and are not square.
+            ConfigError: the images are in one tensor, and are not square.
         """
         if isinstance(images, ImageList):
             turned = (image.rot90(turns, (1, 2)) for image in images.images for turns in range(4))
@@ -135,7 +135,7 @@ class PatchGrid(nn.Module):
         """[B, 3, H, W] to nine patches an image.
 
         Raises:
-            ValueError: the images are smaller than the grid, or not of three channels where colour is changed.
+            ConfigError: the images are smaller than the grid, or not of three channels where colour is changed.
         """
         generator = _generator(self, images)
         offsets = self.draw_offsets(images, generator)
@@ -216,7 +216,7 @@ class JigsawTiles(nn.Module):
         """[B, 3, H, W] to nine tiles and T orders an image.
 
         Raises:
-            ValueError: a third of the images is not larger than a tile, or they do not have three channels.
+            ConfigError: a third of the images is not larger than a tile, or they do not have three channels.
         """
         batch, channels, height, width = images.shape
         cell = torch.tensor([height // 3, width // 3])

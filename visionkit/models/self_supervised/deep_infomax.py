@@ -105,7 +105,7 @@ class DeepInfoMax(Model):
         """The terms of eq. 8, weighted, and the discriminator's own.
 
         Raises:
-            ValueError: fewer than two images.
+            ConfigError: fewer than two images.
         """
         if len(images) < 2:
             raise ConfigError(f"negatives are the other images of a batch, and there is {len(images)} image in this one; a batch_size is 2 "
