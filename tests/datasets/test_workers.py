@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,22 @@ def test_workers_hand_over_small_tensors_as_copies_and_large_ones_in_shared_memo
         assert torch.equal(tensor, sent)
         tensor += True                                       # it may be written to
     assert [tensor.is_shared() for tensor in received] == [False] * 7 + [True]
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal")
+def test_a_worker_ends_when_its_loader_says_so_and_not_by_anybody_elses_sigterm():
+    loader = DataLoader(range(100), batch_size=None, num_workers=1, worker_init_fn=worker_init)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    subprocess.run([sys.executable, "-c", f"import os, signal; os.kill({worker.pid}, signal.SIGTERM)"], check=True)
+    assert list(batches) == list(range(1, 100))
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_throughput_counts_images_and_refuses_nonsense():

@@ -2,6 +2,7 @@
 import os
 import random
 import signal
+import time
 
 import numpy as np
 import torch
@@ -54,13 +55,14 @@ class ToyData:
     """Random images, augmented at random."""
     metainfo = {"classes": ("bright",)}
 
-    def __init__(self, length: int, augment: bool = True, broken: tuple[int, ...] = ()) -> None:
-        self.length, self.augment, self.broken = length, augment, broken
+    def __init__(self, length: int, augment: bool = True, broken: tuple[int, ...] = (), seconds: float = 0.0) -> None:
+        self.length, self.augment, self.broken, self.seconds = length, augment, broken, seconds
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, draw):
+        time.sleep(self.seconds)
         image = torch.from_numpy(np.random.default_rng(int(draw)).integers(0, 200, (3, 8, 8), np.uint8))
         with seeded(getattr(draw, "seed", None)):
             if self.augment:

@@ -20,7 +20,8 @@ CARD = f"""
 _base_ = {str(ROOT / "configs" / "_base_" / "runtime.py")!r}
 custom_imports = dict(imports=["toy_parts"])
 model = dict(type="ToyModel")
-train_dataloader = dict(batch_size=2, num_workers=2, sampler=dict(type="DrawSampler"), dataset=dict(type="ToyData", length=400))
+train_dataloader = dict(batch_size=2, num_workers=2, worker_init_fn=dict(type="worker_init"),
+                        sampler=dict(type="DrawSampler"), dataset=dict(type="ToyData", length=400))
 train_cfg = dict(type="EpochLoop", max_epochs=100)
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1))
 """
@@ -60,12 +61,14 @@ def test_a_wrong_option_is_one_clear_line_and_exit_code_2(card):
 @pytest.mark.parametrize("whole_group", [False, True], ids=["the process", "its data workers as well"])
 def test_sigterm_saves_exits_0_and_prints_a_command_that_goes_on(card, tmp_path, whole_group):
     folder = tmp_path / "a folder"
+    card.write_text(card.read_text().replace("length=400", "length=400, seconds=0.02"))        # the run waits for its workers, mostly
     process = subprocess.Popen([sys.executable, TRAIN, card, "--work-dir", folder, "--seed", "3"], stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True)
     said = ""
     for line in process.stdout:
         said += line
         if "Epoch(train)" in line:
+            time.sleep(0.05)                                 # into the next iterations, of which the line tells nothing
             (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
             break
     said += process.stdout.read()
@@ -74,8 +77,8 @@ def test_sigterm_saves_exits_0_and_prints_a_command_that_goes_on(card, tmp_path,
     assert "seed 3" in said
     command = shlex.split(re.search("To go on: (.*)", said)[1])
     assert command[-1] == "--resume"
-    done = subprocess.run([*command, "--cfg-options", "train_cfg.max_epochs=1"], capture_output=True, text=True, timeout=120, check=False,
-                          env=ENVIRONMENT)
+    done = subprocess.run([*command, "--cfg-options", "train_cfg.max_epochs=1", "train_dataloader.dataset.seconds=0"],
+                          capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming from" in done.stdout
     assert (folder / "epoch_1.pth").exists() or "epoch_" in "".join(os.listdir(folder))

@@ -1,6 +1,10 @@
 """What every data-loader worker does first."""
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from multiprocessing import parent_process
 from multiprocessing.reduction import ForkingPickler
 
 import cv2
@@ -21,13 +25,25 @@ def worker_init(worker_id: int) -> None:
     One thread each for OpenCV and torch, since the workers are what runs in parallel, and the plugins, which a worker that was
     not forked has not loaded. Seeds come with every draw.
 
+    A SIGTERM to the whole job (a scheduler's) is for the process that trains, which stops in an orderly way and needs its batch for it;
+    the worker goes on, and ends when that process says so. macOS does not tell who sent a signal; there it ends the worker.
+
     From then on the worker hands over tensors of up to `LARGEST_COPY` bytes as copies: PyTorch opens shared memory and a connection for
     each tensor, which takes longer than to make a small image.
     """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_the_parent_says_so, args=(parent_process().pid,), daemon=True).start()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     load_plugins()
     ForkingPickler.register(Tensor, _copied_or_shared)
+
+
+def _end_when_the_parent_says_so(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)                                              # at once, as torch's own handler does
 
 
 def _copied_or_shared(tensor: Tensor) -> tuple:
