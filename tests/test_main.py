@@ -31,6 +31,13 @@ def test_help_and_wrong_arguments_are_answered_before_anything_heavy_is_imported
         assert "heavy False" in done.stdout
 
 
+def test_importing_everything_leaves_the_compiler_and_albumentations_alone():
+    code = "import sys, visionkit.datasets, visionkit.engine, visionkit.models, visionkit.transforms\n" \
+           "print([name for name in ('albumentations', 'torch._dynamo') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "the following arguments are required: COMMAND"),
     (["plugin"], "invalid choice: 'plugin'"),

@@ -133,9 +133,3 @@ def test_worker_memory_does_not_grow_with_epochs(capsys):
               + ", ".join(f"{first:.0f} + {second:.0f}" for first, second in memory))
     growth = [last - first for first, last in zip(memory[0], memory[-1], strict=True)]
     assert max(growth) < 10
-
-
-def test_importing_the_data_rooms_does_not_import_albumentations():
-    code = "import sys, visionkit.datasets, visionkit.transforms; print('albumentations' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
-    assert out.stdout.strip() == "False"

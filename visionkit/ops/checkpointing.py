@@ -161,16 +161,13 @@ def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool
         return block(*positional, **named)
 
     norms = [module for module in _modules(block) if isinstance(module, _BatchNorm)]
+    if checkpointing.policy == "selective" or norms:
+        from visionkit.ops.uncompiled import checkpoint_with
     if checkpointing.policy == "selective":
-        return _checkpoint_with(functools.partial(_selective_contexts, _keeps(checkpointing.keep), norms), call, *leaves, *inside, **_SEEN)
+        return checkpoint_with(functools.partial(_selective_contexts, _keeps(checkpointing.keep), norms), call, *leaves, *inside, **_SEEN)
     if norms:
-        return _checkpoint_with(lambda: (nullcontext(), _StatisticsKept(norms)), call, *leaves, *inside)
+        return checkpoint_with(lambda: (nullcontext(), _StatisticsKept(norms)), call, *leaves, *inside)
     return checkpoint(call, *leaves, *inside, use_reentrant=False)
-
-
-@torch.compiler.disable(reason="torch.compile takes no context_fn of this kind; the block runs as it is, between compiled parts")
-def _checkpoint_with(contexts: Callable, call: Callable, *inputs: Any, **settings: Any) -> Any:
-    return checkpoint(call, *inputs, use_reentrant=False, context_fn=contexts, **settings)
 
 
 class _Segment:
