@@ -182,6 +182,7 @@ def test_flash_attn_serves_half_precision_on_a_gpu_where_it_is_installed(monkeyp
     ({"k": torch.zeros(34, 3, 6), "v": torch.zeros(34, 3, 5)}, "a multiple of the number of key heads, got 4 and 3"),
     ({"v": torch.zeros(33, 2, 5)}, "k and v .* the same tokens and heads"),
     ({"cu_seqlens_q": borders(LENGTHS_Q).long()}, r"cu_seqlens_q must be one row of int32.*got torch.int64 \[7\]"),
+    ({"cu_seqlens_q": [0, 26]}, r"cu_seqlens_q must be a tensor of int32, \[0, ..., number of tokens\], got a list"),
     ({"cu_seqlens_k": borders((34,))}, "queries and keys must be as many sequences, got 6 and 1"),
     ({"cu_seqlens_q": borders((5, 0, 13, 4, 1, 2))}, r"of the lengths \[5, 0, 13, 4, 1, 2\] do not fill the 26 tokens of q"),
     ({"lengths_k": (34,)}, "lengths_k and cu_seqlens_k must be as many sequences, got 1 and 6"),
