@@ -322,6 +322,18 @@ def test_images_alone_need_no_box(folder):
     preflight(cfg)
 
 
+@pytest.mark.parametrize("field, said", [("gt_instances", "with LoadAnnotations before PackSample"), ("gt_label", "such as ImageFolder"),
+                                         ("depth", "let its pipeline load them")])
+def test_what_a_model_learns_from_is_in_the_samples(folder, monkeypatch, field, said):
+    monkeypatch.setattr(MODELS.get("PreflightModel"), "learns_from", (field,), raising=False)
+    cfg = runnable(folder)
+    cfg.train_dataloader.dataset.pipeline = [dict(type="LoadImageFromFile"), dict(type="PackSample")]
+    fails(cfg, rf"^train_dataloader\.dataset: PreflightModel learns from {field}, which the samples here do not have; .*{said}")
+    preflight(cfg, training=False)
+    monkeypatch.setattr(MODELS.get("PreflightModel"), "learns_from", ("gt_instances",))
+    preflight(runnable(folder))
+
+
 def test_the_models_number_of_classes_is_compared_with_the_datas(folder):
     fails(runnable(folder, model__head__num_classes=80),
           r"^model\.head\.num_classes: the model has 80 classes, but train_dataloader\.dataset has 2 \(cat, dog\); set num_classes=2")

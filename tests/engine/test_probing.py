@@ -103,11 +103,13 @@ def test_the_pretrained_networks_are_those_of_the_checkpoints_and_the_random_one
     (["test_cfg.points={}"], "test_cfg.points: a probe needs a point"),
     (["test_cfg.points.block1.feature=map7"], r"test_cfg.points.block1.feature: ProbePretext has no features 'map7'.* 'map[01]'"),
     (["test_cfg.points.block1.pool=0"], "test_cfg.points.block1: a point is dict"),
+    (["test_cfg.points.block1.pool=9"], "test_cfg.points.block1.pool: 'map0' has 8 x 8 locations here, and 9 x 9 cells would only repeat"),
     (["+test_cfg.points.block1.size=2"], "test_cfg.points.block1: a point is dict"),
     (["test_cfg.train_dataloader.dataset.data_root={}/test"], "test_cfg.train_dataloader.dataset: 20 images are also test images, such as"),
     (["+test_cfg.train_dataloader.dataset.metainfo={'classes': ('down', 'across')}"], "its classes are down, across"),
     (["test_cfg.train_dataloader.dataset.data_root={}/nowhere"], "test_cfg.train_dataloader.dataset.data_root: no folder of images"),
     (["+test_cfg.checkpoints=['{}/7.pth']"], "test_cfg.checkpoints: a checkpoint stands twice"),
+    (["+test_cfg.checkpoints=['{}/8.pth','{}/none.pth']"], "test_cfg.checkpoints: no file '.*none.pth' to load weights from"),
     (["+model.fault=trains"], "looking at its features changed backbone.conv1.1.running_mean"),
     (["+model.fault=loads"], "at 'block1' the networks of the seeds 0 and 1 have the same features"),
 ])

@@ -60,6 +60,7 @@ from visionkit.registry import (
     dotted,
     registries,
 )
+from visionkit.structures import Sample
 from visionkit.transforms import BrokenImageError
 
 Path = tuple[str | int, ...]
@@ -117,8 +118,9 @@ def preflight(cfg: Config, training: bool = True) -> None:
             check_batches(cfg, sampler, batch_sampler, path)
             check_tokens(model, batch_sampler, path)
             check_data(dataset, (*path, "dataset"), training=path == ("train_dataloader",))
-            load_first(dataset, sampler, (*path, "dataset"))
+            first = load_first(dataset, sampler, (*path, "dataset"))
             if path == ("train_dataloader",):
+                check_learns_from(model, first, (*path, "dataset"))
                 with _at(*path, "batch_sampler"):
                     batches = -(-len(sampler) // section.get("batch_size", 1)) if batch_sampler is None else len(batch_sampler)
                 build_schedule(cfg, model, epoch_length=max(1, batches))
@@ -488,6 +490,17 @@ def load_first(dataset: Any, sampler: Any, path: Path) -> Any:
                         break
         with _at(*path):
             raise error
+
+
+def check_learns_from(model: nn.Module, first: Any, path: Path) -> None:
+    """The first training sample has what the model's loss reads."""
+    sample = first.get("data_samples") if isinstance(first, Mapping) else None
+    absent = [field for field in getattr(model, "learns_from", ()) if isinstance(sample, Sample) and field not in sample]
+    if absent:
+        advice = {"gt_instances": "let its pipeline load them, with LoadAnnotations before PackSample, from a data set of objects",
+                  "gt_label": "take a data set with labels, such as ImageFolder"}
+        raise ConfigError(f"{type(model).__name__} learns from {' and '.join(absent)}, which the samples here do not have; "
+                          f"{advice.get(absent[0], 'let its pipeline load them')}", path)
 
 
 def dataset_classes(dataset: Any) -> tuple[str, ...]:

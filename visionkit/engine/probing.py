@@ -68,6 +68,9 @@ class ProbeLoop(TestLoop):
         files = [os.path.realpath(file) for file in (*self.checkpoints, runner._load_from or "")]
         if len(set(files)) < len(files):
             raise ConfigError(f"a checkpoint stands twice in {', '.join(files)}; its spread would be none", ("test_cfg", "checkpoints"))
+        absent = [file for file in self.checkpoints if not os.path.isfile(file)]
+        if absent:
+            raise ConfigError(f"no file {absent[0]!r} to load weights from", ("test_cfg", "checkpoints"))
         super().__init__(runner, dataloader, evaluator)
         if isinstance(train_dataloader, Mapping):
             train_dataloader = runner.build_dataloader(dict(train_dataloader), seed=runner.seed)
@@ -194,6 +197,10 @@ def features_of(model: Model, batch: Mapping[str, Any], points: Mapping[str, Poi
                               f"{', '.join(found)}.", ("test_cfg", "points", name, "feature"))
         feature = found[point.feature].float()
         if feature.dim() > 2 and point.pool is not None:
+            if point.pool > min(feature.shape[-2:]):
+                raise ConfigError(f"{point.feature!r} has {' x '.join(map(str, feature.shape[-2:]))} locations here, and {point.pool} x "
+                                  f"{point.pool} cells would only repeat them; pool at most {min(feature.shape[-2:])}, or None for all",
+                                  ("test_cfg", "points", name, "pool"))
             feature = F.adaptive_avg_pool2d(feature, point.pool)
         vectors[name] = feature.flatten(1).contiguous().cpu()
     return vectors, data["samples"]

@@ -113,8 +113,10 @@ class Model(BaseModel):
 
     Attributes:
         reads_tokens: whether it also works with a token backbone, and so with images that have a tensor each.
+        learns_from: fields of a `Sample` that `loss` reads and that a data pipeline has to load; looked for before training.
     """
     reads_tokens = False
+    learns_from: tuple[str, ...] = ()
 
     def __init__(self, data_preprocessor: dict | nn.Module | None = None) -> None:
         preprocessor = MODELS.make(data_preprocessor or {"type": "ImagePreprocessor"}, at="data_preprocessor")

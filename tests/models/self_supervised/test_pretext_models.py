@@ -217,6 +217,12 @@ def test_a_grid_of_no_cells_is_refused(name):
         build(name, pool=0)
 
 
+@pytest.mark.parametrize("name", ["relative patch", "jigsaw"])
+def test_a_grid_finer_than_the_map_is_refused(pictures, name):
+    with pytest.raises(ConfigError, match="model.pool: the last map of a piece of .* pixels has 3 x 3 locations, and 4 x 4 cells"):
+        build(name, pool=4)(pictures(2, SIDE))
+
+
 def test_a_checkpoint_brings_its_permutations(pictures):
     config = copy.deepcopy(CONFIGS["jigsaw"])
     model = MODELS.build(config)

@@ -26,6 +26,7 @@ class ImageClassifier(Model):
         ValueError: neither `num_classes` nor `head` is there; in `loss`, an image has no label or one that the head does not know.
     """
     reads_tokens = True
+    learns_from = ("gt_label",)
 
     def __init__(self, backbone: Mapping | nn.Module, num_classes: int | None = None, head: Mapping | nn.Module | None = None,
                  frozen: bool = False, data_preprocessor: Mapping | nn.Module | None = None) -> None:

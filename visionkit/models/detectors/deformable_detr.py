@@ -76,6 +76,7 @@ class DeformableDETR(Model):
             True, `dict(policy="sqrt")`, `dict(policy="selective")`, see `visionkit.ops.checkpointing.Checkpointing`.
         data_preprocessor: raw images to a batch.
     """
+    learns_from = ("gt_instances",)
 
     def __init__(self, backbone: dict | nn.Module, neck: dict | nn.Module, num_classes: int, num_queries: int = 300, num_heads: int = 8,
                  num_points: int = 4, encoder_layers: int = 6, decoder_layers: int = 6, hidden_channels: int = 1024,

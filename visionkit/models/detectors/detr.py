@@ -58,6 +58,7 @@ class DETR(Model):
         checkpointing: of the transformer's layers: less memory, more time; see `Transformer`.
         data_preprocessor: raw images to a batch.
     """
+    learns_from = ("gt_instances",)
 
     def __init__(self, backbone: dict | nn.Module, num_classes: int, num_queries: int = 100, channels: int = 256, num_heads: int = 8,
                  hidden_channels: int = 2048, encoder_layers: int = 6, decoder_layers: int = 6, dropout: float = 0.1,

@@ -21,6 +21,7 @@ class FasterRCNN(Model):
         roi: pyramid and proposals to detections.
         data_preprocessor: raw images to a batch.
     """
+    learns_from = ("gt_instances",)
 
     def __init__(self, backbone: dict | nn.Module, neck: dict | nn.Module | None, rpn: dict | nn.Module, roi: dict | nn.Module,
                  data_preprocessor: dict | nn.Module | None = None) -> None:

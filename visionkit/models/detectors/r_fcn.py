@@ -32,6 +32,7 @@ class RFCN(Model):
         roi: the last map and proposals to detections; see `PositionSensitiveHead`.
         data_preprocessor: raw images to a batch.
     """
+    learns_from = ("gt_instances",)
 
     def __init__(self, backbone: dict | nn.Module, rpn: dict | nn.Module, roi: dict | nn.Module,
                  data_preprocessor: dict | nn.Module | None = None) -> None:

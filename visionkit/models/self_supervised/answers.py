@@ -87,4 +87,8 @@ def check_pool(pool: int) -> int:
 def embed_pieces(backbone: nn.Module, pieces: Tensor, pool: int) -> Tensor:
     """[B, N, 3, P, P], each through the backbone by itself, to [B, N, C * pool^2]: the last map's means over pool x pool cells."""
     maps = backbone(pieces.flatten(0, 1))[-1]                                            # [B * N, C, h, w]
+    if pool > min(maps.shape[-2:]):
+        raise ConfigError(f"the last map of a piece of {' x '.join(map(str, pieces.shape[-2:]))} pixels has "
+                          f"{' x '.join(map(str, maps.shape[-2:]))} locations, and {pool} x {pool} cells would only repeat them; "
+                          f"set pool to {min(maps.shape[-2:])} or less", ("model", "pool"))
     return F.adaptive_avg_pool2d(maps, pool).flatten(1).unflatten(0, pieces.shape[:2])
