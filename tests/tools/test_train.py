@@ -58,8 +58,7 @@ def test_a_wrong_option_is_one_clear_line_and_exit_code_2(card):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("whole_group", [False, True], ids=["the process", "its data workers as well"])
-def test_sigterm_saves_exits_0_and_prints_a_command_that_goes_on(card, tmp_path, whole_group):
+def test_sigterm_to_it_and_its_workers_saves_exits_0_and_prints_a_command_that_goes_on(card, tmp_path):
     folder = tmp_path / "a folder"
     card.write_text(card.read_text().replace("length=400", "length=400, seconds=0.02"))        # the run waits for its workers, mostly
     process = subprocess.Popen([sys.executable, TRAIN, card, "--work-dir", folder, "--seed", "3"], stdout=subprocess.PIPE,
@@ -69,7 +68,7 @@ def test_sigterm_saves_exits_0_and_prints_a_command_that_goes_on(card, tmp_path,
         said += line
         if "Epoch(train)" in line:
             time.sleep(0.05)                                 # into the next iterations, of which the line tells nothing
-            (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
             break
     said += process.stdout.read()
     assert process.wait(60) == 0, said
