@@ -252,7 +252,7 @@ def test_speed_of_training_and_of_the_loader_stand_side_by_side(toy, tmp_path, t
         lines = [json.loads(line) for line in file]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert 0 < lines[-1]["images_per_s"] < np.inf
-    assert 60 < lines[-1]["loader_images_per_s"] < 205       # two workers, each at most 100 a second
+    assert 30 < lines[-1]["loader_images_per_s"] < 205       # two workers, each at most 100 a second
     assert "loader_images_per_s" in log_of(runner)
 
 

@@ -4,7 +4,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -48,10 +47,8 @@ def tiny(monkeypatch):
 
 
 def test_help_is_answered_before_anything_heavy_is_imported():
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "tools" / "benchmark_ops.py", "--help"], capture_output=True,
                           text=True)
-    assert time.perf_counter() - start < 1
     assert "--repeats" in done.stdout
     assert " torch" not in done.stderr
 
