@@ -18,14 +18,14 @@ model = dict(
     ),
 )
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     persistent_workers=True,
     worker_init_fn=dict(type="worker_init"),
     sampler=dict(type="DrawSampler"),
     dataset=dict(
         type="ShapesDataset",
-        num_images=7200,
+        num_images=5600,
         seed=0,
         size=(128, 128),
         pipeline=[
@@ -63,10 +63,10 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=1e-4, fused=True),
+    optimizer=dict(type="AdamW", lr=7e-4, weight_decay=1e-4, fused=True),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.02, by_epoch=False, begin=0, end=50),
+    dict(type="LinearLR", start_factor=0.02, by_epoch=False, begin=0, end=100),
     dict(type="CosineAnnealingLR", T_max=1, begin=0, end=1, convert_to_iter_based=True),
 ]
