@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from visionkit.datasets.packed_batches import PackedBatchSampler
 from visionkit.datasets.sampler import InfiniteDrawSampler, seeded
 from visionkit.engine.activation_checkpointing import parts_to_recompute
 from visionkit.engine.checkpoint import part_of
+from visionkit.models.base import Model
 from visionkit.registry import (
     BACKBONES,
     DATASETS,
@@ -116,11 +118,13 @@ def preflight(cfg: Config, training: bool = True) -> None:
         for path, section in _loaders(cfg, training):
             dataset, sampler, batch_sampler = build_data(section, *path)
             check_batches(cfg, sampler, batch_sampler, path)
+            if path == ("train_dataloader",):
+                check_last_batch(model, section, sampler, batch_sampler, path)
             check_tokens(model, batch_sampler, path)
             check_data(dataset, (*path, "dataset"), training=path == ("train_dataloader",))
             first = load_first(dataset, sampler, (*path, "dataset"))
+            check_sample(model, first, (*path, "dataset"), training=path == ("train_dataloader",))
             if path == ("train_dataloader",):
-                check_learns_from(model, first, (*path, "dataset"))
                 with _at(*path, "batch_sampler"):
                     batches = -(-len(sampler) // section.get("batch_size", 1)) if batch_sampler is None else len(batch_sampler)
                 build_schedule(cfg, model, epoch_length=max(1, batches))
@@ -268,7 +272,13 @@ def check_sections(cfg: Mapping[str, Any], training: bool) -> None:
     """What the Runner wants only together is there together, and the weights to start from are there."""
     if cfg.get("model") is None:
         raise ConfigError("the config has no `model`", ("model",))
+    for key in dict.fromkeys((*itertools.chain(*SECTIONS), "param_scheduler", "visualizer", "log_processor")):
+        _refuse_name(cfg.get(key), (key,))
+    if isinstance(cfg.get("optim_wrapper"), Mapping):
+        _refuse_name(cfg.optim_wrapper.get("optimizer"), ("optim_wrapper", "optimizer"))
     weights = cfg.get("load_from")
+    if weights is not None and not isinstance(weights, str):
+        raise ConfigError(f"this is the path of a checkpoint, got {weights!r}", ("load_from",))
     if weights and "://" not in weights and not os.path.isfile(os.path.expanduser(weights)):
         raise ConfigError(f"no file {weights!r} to load weights from", ("load_from",))
     if cfg.get("load_from_part") and not weights:
@@ -371,13 +381,33 @@ def check_batches(cfg: Mapping[str, Any], sampler: Any, batch_sampler: Any, path
                           f"DrawSampler, or train by iterations: train_cfg=dict(type='IterLoop', max_iters=...)", (*path, "sampler"))
 
 
+def check_last_batch(model: nn.Module, section: Mapping[str, Any], sampler: Any, batch_sampler: Any, path: Path) -> None:
+    """The last batch of an epoch, which may be smaller than the others, is large enough for the model's loss."""
+    least, batch_size = getattr(model, "least_images", 1), section.get("batch_size", 1)
+    if batch_sampler is not None:                            # it tells by itself
+        return
+    if batch_size < least:
+        raise ConfigError(f"{type(model).__name__} learns from at least {least} images at a time, got {batch_size}", (*path, "batch_size"))
+    whole = section.get("drop_last") or isinstance(sampler, (InfiniteDrawSampler, InfiniteSampler))
+    left = 0 if whole else len(sampler) % batch_size
+    if 0 < left < least:
+        raise ConfigError(f"{len(sampler)} images in batches of {batch_size} leave {left} for the last one, and {type(model).__name__} "
+                          f"learns from at least {least} at a time; leave it out with drop_last=True", path)
+
+
 def check_tokens(model: nn.Module, batch_sampler: Any, path: Path) -> None:
-    """Packs count the patches that the model's backbone makes of an image."""
+    """Images are filled up to whole tokens, and packs count the patches that the model's backbone makes of an image."""
     length = getattr(batch_sampler, "length", None)
     backbone = getattr(model, "backbone", None)
-    if not isinstance(length, ImageTokens) or not hasattr(backbone, "patch_size"):
+    if not hasattr(backbone, "patch_size"):
         return
-    multiple = getattr(getattr(model, "data_preprocessor", None), "multiple", backbone.strides[-1])
+    stride = backbone.strides[-1]
+    multiple = getattr(getattr(model, "data_preprocessor", None), "multiple", stride)
+    if multiple % stride:
+        raise ConfigError(f"a token of {type(backbone).__name__} is {stride} pixels each way, and images are filled up to multiples of "
+                          f"{multiple}; set it to {stride}", ("model", "data_preprocessor", "multiple"))
+    if not isinstance(length, ImageTokens):
+        return
     if (length.patch_size, length.patch_size * length.merge) != (backbone.patch_size, multiple):
         counted = length.patch_size * length.merge
         raise ConfigError(f"the model cuts patches of {backbone.patch_size} pixels out of images that are filled up to multiples of "
@@ -404,7 +434,13 @@ def build_schedule(cfg: Config, model: nn.Module, epoch_length: int) -> None:
             ROOT_SCHEDULERS.build({"end": end, **scheduler}, default_args={"optimizer": wrapper, "epoch_length": epoch_length})
 
 
+def _refuse_name(node: Any, path: Path) -> None:
+    if isinstance(node, str):
+        raise ConfigError(f"a component is dict(type={node!r}, ...) here, got the text {node!r}", path)
+
+
 def _build(registry: Registry, node: Any, path: Path, **offered: Any) -> Any:
+    _refuse_name(node, path)
     if not isinstance(node, Mapping):
         return node
     node = {key: value for key, value in node.items() if key not in RUNNER_TAKES.get(registry, ())}
@@ -476,7 +512,9 @@ def missing_files(dataset: Any) -> list[tuple[Any, str]]:
 
 def load_first(dataset: Any, sampler: Any, path: Path) -> Any:
     """The first sample, through the whole pipeline; where that fails, the error names the transform."""
-    draw = next(iter(sampler))
+    draw = next(iter(sampler), None)
+    if draw is None:                                         # more processes than images
+        return None
     try:
         return dataset[draw]
     except Exception as error:
@@ -492,11 +530,17 @@ def load_first(dataset: Any, sampler: Any, path: Path) -> Any:
             raise error
 
 
-def check_learns_from(model: nn.Module, first: Any, path: Path) -> None:
-    """The first training sample has what the model's loss reads."""
+def check_sample(model: nn.Module, first: Any, path: Path, training: bool) -> None:
+    """The first sample is one for a model of ours, and in training has what its loss reads."""
+    if not isinstance(model, Model) or first is None:
+        return
     sample = first.get("data_samples") if isinstance(first, Mapping) else None
-    absent = [field for field in getattr(model, "learns_from", ()) if isinstance(sample, Sample) and field not in sample]
-    if absent:
+    if not isinstance(sample, Sample) or "inputs" not in first:
+        given = f"a dict of {', '.join(map(str, first)) or 'nothing'}" if isinstance(first, Mapping) else f"a {type(first).__name__}"
+        raise ConfigError(f"a model takes dict(inputs=..., data_samples=...), and the pipeline ends with {given}; let it end with "
+                          f"dict(type='PackSample')", (*path, "pipeline"))
+    absent = [field for field in model.learns_from if field not in sample]
+    if absent and training:
         advice = {"gt_instances": "let its pipeline load them, with LoadAnnotations before PackSample, from a data set of objects",
                   "gt_label": "take a data set with labels, such as ImageFolder"}
         raise ConfigError(f"{type(model).__name__} learns from {' and '.join(absent)}, which the samples here do not have; "

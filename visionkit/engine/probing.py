@@ -59,7 +59,8 @@ class ProbeLoop(TestLoop):
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, evaluator: Any, train_dataloader: DataLoader | Mapping[str, Any],
                  points: Mapping[str, Mapping[str, Any]], seeds: Sequence[int] = (0, 1, 2), checkpoints: Sequence[str] = ()) -> None:
-        if len(set(seeds)) < max(FEWEST_SEEDS, len(seeds)):
+        checkpoints = [checkpoints] if isinstance(checkpoints, str) else checkpoints
+        if not isinstance(seeds, Sequence) or len(set(seeds)) < max(FEWEST_SEEDS, len(seeds)):
             raise ConfigError(f"networks at random initialisation are needed from at least {FEWEST_SEEDS} different seeds, got {seeds}",
                               ("test_cfg", "seeds"))
         self.points = read_points(points)
@@ -71,6 +72,8 @@ class ProbeLoop(TestLoop):
         absent = [file for file in self.checkpoints if not os.path.isfile(file)]
         if absent:
             raise ConfigError(f"no file {absent[0]!r} to load weights from", ("test_cfg", "checkpoints"))
+        if train_dataloader is None:
+            raise ConfigError("a probe learns from labelled training images; give it a loader of them", ("test_cfg", "train_dataloader"))
         super().__init__(runner, dataloader, evaluator)
         if isinstance(train_dataloader, Mapping):
             train_dataloader = runner.build_dataloader(dict(train_dataloader), seed=runner.seed)
@@ -140,13 +143,14 @@ def read_points(points: Mapping[str, Mapping[str, Any]]) -> dict[str, Point]:
     Raises:
         ConfigError: there is none, or one is not `dict(feature=..., pool=...)`.
     """
-    if not points:
+    if not points or not isinstance(points, Mapping):
         raise ConfigError("a probe needs a point at which features are taken, such as points=dict(block2=dict(feature=\"map1\", pool=2))",
                           ("test_cfg", "points"))
     for name, point in points.items():
-        pool = point.get("pool")
-        if "feature" not in point or set(point) - {"feature", "pool"} or not (pool is None or type(pool) is int and pool >= 1):
-            raise ConfigError(f"a point is dict(feature=<name>, pool=<cells each way, or None>), got {dict(point)}",
+        known = isinstance(point, Mapping) and "feature" in point and not set(point) - {"feature", "pool"}
+        pool = point.get("pool") if known else None
+        if not known or not (pool is None or type(pool) is int and pool >= 1):
+            raise ConfigError(f"a point is dict(feature=<name>, pool=<cells each way, or None>), got {point!r}",
                               ("test_cfg", "points", name))
     return {name: Point(**point) for name, point in points.items()}
 
@@ -166,7 +170,7 @@ def frozen(model: Model) -> Iterator[None]:
     with torch.no_grad():
         yield
     after = values()
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    changed = [name for name in before if not torch.allclose(before[name], after[name], rtol=0, atol=0, equal_nan=True)]
     if changed:
         raise ConfigError(f"a probe measures a frozen encoder, but looking at its features changed {', '.join(changed[:5])} of "
                           f"{type(model).__name__}; keep `extract_features` from training and from updating batch statistics", ("model",))

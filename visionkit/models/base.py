@@ -114,9 +114,11 @@ class Model(BaseModel):
     Attributes:
         reads_tokens: whether it also works with a token backbone, and so with images that have a tensor each.
         learns_from: fields of a `Sample` that `loss` reads and that a data pipeline has to load; looked for before training.
+        least_images: in a batch that `loss` can learn from.
     """
     reads_tokens = False
     learns_from: tuple[str, ...] = ()
+    least_images = 1
 
     def __init__(self, data_preprocessor: dict | nn.Module | None = None) -> None:
         preprocessor = MODELS.make(data_preprocessor or {"type": "ImagePreprocessor"}, at="data_preprocessor")
@@ -134,7 +136,7 @@ class Model(BaseModel):
             return self.extract_features(images)
         return super().__call__(images)
 
-    def _refuse_tokens(self, images: ImageBatch | ImageList) -> None:
+    def _refuse_tokens(self, images: ImageBatch | ImageList | None = None) -> None:
         if self.reads_tokens:
             return
         name, backbone = type(self).__name__, getattr(self, "backbone", None)

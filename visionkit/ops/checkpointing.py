@@ -164,7 +164,9 @@ def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool
     if checkpointing.policy == "selective" or norms:
         from visionkit.ops.uncompiled import checkpoint_with
     if checkpointing.policy == "selective":
-        return checkpoint_with(functools.partial(_selective_contexts, _keeps(checkpointing.keep), norms), call, *leaves, *inside, **_SEEN)
+        devices = {tensor.device.type for tensor in (*leaves, *inside) if isinstance(tensor, torch.Tensor)}
+        contexts = functools.partial(_selective_contexts, _keeps(checkpointing.keep), norms, devices)
+        return checkpoint_with(contexts, call, *leaves, *inside, **_SEEN)
     if norms:
         return checkpoint_with(lambda: (nullcontext(), _StatisticsKept(norms)), call, *leaves, *inside)
     return checkpoint(call, *leaves, *inside, use_reentrant=False)
@@ -260,9 +262,15 @@ class _Both(AbstractContextManager):
         self.leave(*error)
 
 
-def _selective_contexts(keep: Callable, norms: Sequence[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:
+def _selective_contexts(keep: Callable, norms: Sequence[_BatchNorm], devices: Collection[str],
+                        ) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts of the first pass and of the second, which are to run the same ops. Autocast remembers casts of weights, so that a
+    weight used before would be cast in the second pass alone; here it does not."""
     first, again = create_selective_checkpoint_contexts(keep)
-    return first, _Both(_StatisticsKept(norms), again) if norms else again
+    casts = [torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False) for device in sorted(devices)
+             if torch.is_autocast_enabled(device)]
+    statistics = [_StatisticsKept(norms)] if norms else []
+    return _Both(*casts, first) if casts else first, _Both(*casts, *statistics, again) if casts or statistics else again
 
 
 def _keeps(keep: Sequence[str]) -> Callable[..., CheckpointPolicy]:

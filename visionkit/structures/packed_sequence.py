@@ -91,7 +91,13 @@ class PackedSequence:
             padded: [n, L, ...].
             valid: [n, L] bool, false on padding.
             grids: see the class.
+
+        Raises:
+            ValueError: `valid` is of another shape, or not bool: numbers would be taken for places.
         """
+        if valid.dtype != torch.bool or valid.shape != padded.shape[:2]:
+            raise ValueError(f"valid must be [n, L] bool, true on tokens, beside padded [n, L, ...]; got {valid.dtype} {list(valid.shape)} "
+                             f"beside {list(padded.shape)}")
         return cls.of_lengths(padded[valid], valid.sum(1).tolist(), grids)
 
     def to_padded(self, value: float = 0.0) -> tuple[Tensor, Tensor]:

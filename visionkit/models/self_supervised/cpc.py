@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visionkit.models.base import Model
 from visionkit.models.losses import info_nce
-from visionkit.registry import BACKBONES, MODELS, TRANSFORMS
+from visionkit.registry import BACKBONES, MODELS, TRANSFORMS, ConfigError
 from visionkit.structures import ImageBatch, InstanceData, Sample
 
 # B images, R x C crops of each, D channels of a crop's code z, E of the context c
@@ -62,16 +62,21 @@ class CPC(Model):
         """Codes and contexts of all crops.
 
         Raises:
-            ValueError: images of several sizes, or too few rows of crops for the farthest prediction.
+            ConfigError: images of several sizes, a puzzle that makes no crops, or too few rows of them for the farthest prediction.
         """
         if images.padded:
-            raise ValueError(f"the crops of padded images would show padding; got sizes {sorted(set(images.sizes))} in a batch of "
-                             f"{tuple(images.tensor.shape[2:])}: resize or crop to one size in the pipeline, and mind pad_divisor")
+            raise ConfigError(f"the crops of padded images would show padding; got sizes {sorted(set(images.sizes))} in a batch of "
+                              f"{tuple(images.tensor.shape[2:])}: resize or crop to one size in the pipeline, and mind pad_divisor",
+                              ("model", "data_preprocessor"))
         crops = self.puzzle(images.tensor)                                                                  # [B, R, C, 3, P, P]
+        if not isinstance(crops, Tensor) or crops.ndim != 6:
+            raise ConfigError(f"this model wants crops [B, R, C, 3, P, P] of its puzzle, and {type(self.puzzle).__name__} makes something "
+                              f"else; it is a puzzle for another model", ("model", "puzzle"))
         count, rows, columns = crops.shape[:3]
         if rows <= max(self.rows_ahead):
-            raise ValueError(f"predicting {max(self.rows_ahead)} rows ahead needs more rows than the {rows} that the puzzle makes of "
-                             f"images of {tuple(images.tensor.shape[2:])}; lower rows_ahead, or take larger images or a smaller stride")
+            raise ConfigError(f"predicting {max(self.rows_ahead)} rows ahead needs more rows than the {rows} that the puzzle makes of "
+                              f"images of {tuple(images.tensor.shape[2:])}; lower rows_ahead, or take larger images or a smaller stride",
+                              ("model", "rows_ahead"))
         z = self.backbone(crops.flatten(0, 2))[-1].mean((2, 3))                                             # [B * R * C, D]
         z = z.unflatten(0, (count, rows, columns)).permute(0, 3, 1, 2)                                      # [B, D, R, C]
         return Codes(z, self.read_rows(z))

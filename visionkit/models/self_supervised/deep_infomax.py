@@ -1,6 +1,8 @@
 """Deep InfoMax: representations by mutual information (Hjelm et al. 2019, arXiv:1808.06670)."""
 from __future__ import annotations
 
+import inspect
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,8 +48,10 @@ class DeepInfoMax(Model):
         data_preprocessor: raw images to a batch.
 
     Raises:
-        ValueError: no mutual information is maximised, the map does not exist, or with alpha the backbone cannot copy its layers.
+        ValueError: no mutual information is maximised, the map does not exist, the loss does not take scores, the images are too small, or
+            with alpha the backbone cannot copy its layers.
     """
+    least_images = 2
 
     def __init__(self, backbone: dict | nn.Module, image_size: tuple[int, int] = (32, 32), fc_channels: int = 1024,
                  global_channels: int = 64, local_map: int = 1, score_channels: int = 2048, alpha: float = 0.0, beta: float = 1.0,
@@ -61,15 +65,13 @@ class DeepInfoMax(Model):
         self.image_size = tuple(image_size)
         self.local_map = local_map
         self.backbone = BACKBONES.make(backbone, at="backbone")
-        self.mi_loss = LOSSES.make(mi_loss or InfoNCELoss(), at="mi_loss")
-        channels, strides = self.backbone.out_channels, self.backbone.strides
+        self._refuse_tokens()
+        self.mi_loss = _of_scores(LOSSES.make(mi_loss or InfoNCELoss(), at="mi_loss"))
+        channels = self.backbone.out_channels
         if not 0 <= local_map < len(channels):
             raise ValueError(f"local_map is one of the backbone's {len(channels)} maps, 0 to {len(channels) - 1}; got {local_map}")
-        rows, columns = (side // strides[-1] for side in self.image_size)
-        flat = channels[-1] * rows * columns
-        if not flat:
-            raise ValueError(f"images of {self.image_size} pixels leave nothing at the backbone's stride of {strides[-1]}; set a larger "
-                             f"image_size")
+        sizes = _map_sizes(self.backbone, self.image_size)
+        flat = channels[-1] * math.prod(sizes[-1])
         self.fc = _fully_connected(flat, fc_channels)
         self.to_global = nn.Linear(fc_channels, global_channels)
         self.score_global = ScoreSpace(global_channels, score_channels) if global_channels != score_channels else nn.Identity()
@@ -85,18 +87,18 @@ class DeepInfoMax(Model):
             self.discriminator = nn.Sequential(nn.Linear(global_channels, 1000), nn.ReLU(), nn.Linear(1000, 200), nn.ReLU(),
                                                nn.Linear(200, 1))                        # appendix A.2
         if coordinate_weight:
-            cells = [side // strides[local_map] for side in self.image_size]
-            self.predict_place = CoordinatePredictor(channels[local_map] + global_channels, *cells)
+            self.predict_place = CoordinatePredictor(channels[local_map] + global_channels, *sizes[local_map])
 
     def forward(self, images: ImageBatch) -> Encoded:
         """The backbone's maps, the fully connected layer and the global vector.
 
         Raises:
-            ValueError: the images have another size than `image_size`.
+            ConfigError: the images have another size than `image_size`.
         """
         if images.padded or tuple(images.tensor.shape[2:]) != self.image_size:
-            raise ValueError(f"this model takes images of {self.image_size} pixels, got sizes {sorted(set(images.sizes))} in a batch of "
-                             f"{tuple(images.tensor.shape[2:])}; set image_size, resize or crop in the pipeline, and mind pad_divisor")
+            raise ConfigError(f"this model takes images of {self.image_size} pixels, got sizes {sorted(set(images.sizes))} in a batch of "
+                              f"{tuple(images.tensor.shape[2:])}; set image_size, resize or crop in the pipeline, and mind pad_divisor",
+                              ("model", "image_size"))
         maps = self.backbone(images.tensor)
         fc = self.fc(maps[-1])
         return Encoded(maps, fc, self.to_global(fc))
@@ -218,6 +220,34 @@ class CoordinatePredictor(nn.Module):
         row = torch.arange(height, device=y.device)[:, None].expand(count, height, width)
         column = torch.arange(width, device=y.device).expand(count, height, width)
         return F.cross_entropy(self.to_row(hidden), row) + F.cross_entropy(self.to_column(hidden), column)
+
+
+def _of_scores(loss: nn.Module) -> nn.Module:
+    """`loss`, which takes scores [N, N, ...] and nothing else."""
+    try:
+        inspect.signature(loss.forward).bind(None)
+    except TypeError:
+        raise ConfigError(f"the loss is to take the scores of all pairs, and {type(loss).__name__} takes "
+                          f"{', '.join(inspect.signature(loss.forward).parameters)}; take InfoNCELoss, FenchelDualLoss or "
+                          f"DonskerVaradhanLoss", ("mi_loss",)) from None
+    return loss
+
+
+def _map_sizes(backbone: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """(h, w) of each map that a backbone makes of images of this size: some round up, some down."""
+    device = next(backbone.parameters(), torch.empty(0)).device
+    training = backbone.training
+    try:
+        with torch.no_grad():
+            sizes = [tuple(level.shape[2:]) for level in backbone.eval()(torch.zeros(1, 3, *image_size, device=device))]
+    except RuntimeError:                                     # a kernel larger than what it is to run on
+        sizes = [(0, 0)]
+    finally:
+        backbone.train(training)
+    if not all(min(size) for size in sizes):
+        raise ValueError(f"images of {image_size} pixels leave nothing at the backbone's stride of {backbone.strides[-1]}; set a larger "
+                         f"image_size")
+    return sizes
 
 
 def _fully_connected(in_features: int, out_features: int) -> nn.Sequential:
