@@ -18,6 +18,7 @@ from visionkit.engine.preflight import (
     check_keys,
     check_sections,
     check_tokens,
+    load_first,
     preflight,
 )
 from visionkit.models.base import Model
@@ -375,6 +376,57 @@ def test_data_sets_within_a_wrapper_are_checked(folder):
     preflight(cfg)
     cfg.train_dataloader.dataset.datasets[1].data_prefix = dict(img="elsewhere")
     fails(cfg, r"^train_dataloader\.dataset\.datasets\[1\]: 3 of 3 image files")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("train_dataloader__dataset", "CocoDataset"), ("train_dataloader__sampler", "DrawSampler"), ("train_cfg", "EpochLoop"),
+    ("optim_wrapper", "OptimWrapper"), ("optim_wrapper__optimizer", "SGD"), ("param_scheduler", "LinearLR"),
+    ("val_evaluator", "CocoMetric"), ("train_dataloader", "loader"), ("model", "PreflightModel")])
+def test_a_name_instead_of_a_dict_is_told(folder, key, value):
+    place = key.replace("__", r"\.")
+    fails(runnable(folder, **{key: value}), rf"^{place}: a component is dict\(type='{value}', ...\) here, got the text '{value}'")
+
+
+def test_weights_that_are_no_path_are_told(folder):
+    fails(runnable(folder, load_from=3), r"^load_from: this is the path of a checkpoint, got 3")
+
+
+@pytest.mark.parametrize("key, training", [("train_dataloader", True), ("val_dataloader", True), ("test_dataloader", False)])
+@pytest.mark.parametrize("steps", [[], [dict(type="LoadImageFromFile")]], ids=["none", "one"])
+def test_a_pipeline_that_does_not_end_with_a_sample_is_told(folder, key, training, steps):
+    cfg = runnable(folder)
+    cfg[key].dataset.pipeline = steps
+    fails(cfg, rf"^{key}\.dataset\.pipeline: a model takes dict\(inputs=.*the pipeline ends with a dict of .*PackSample", training)
+
+
+def test_a_process_without_images_is_fine():
+    """Of more processes than images."""
+    assert load_first([0], iter(()), ("val_dataloader", "dataset")) is None
+
+
+@pytest.mark.parametrize("batch_size, more, said", [
+    (2, {}, "3 images in batches of 2 leave 1 for the last one, and PreflightModel learns from at least 2 at a time; .*drop_last=True"),
+    (1, {}, r"batch_size: PreflightModel learns from at least 2 images at a time, got 1"), (2, {"drop_last": True}, None), (3, {}, None),
+    (2, {"sampler": dict(type="InfiniteDrawSampler")}, None)])
+def test_the_last_batch_is_large_enough(folder, monkeypatch, batch_size, more, said):
+    """Told at once, not at the end of an epoch."""
+    monkeypatch.setattr(MODELS.get("PreflightModel"), "least_images", 2)
+    cfg = runnable(folder, param_scheduler=None, train_cfg=dict(_delete_=True, type="IterLoop", max_iters=4))
+    cfg.train_dataloader.update(batch_size=batch_size, **more)
+    if said:
+        fails(cfg, rf"^train_dataloader.*{said}")
+    else:
+        preflight(cfg)
+
+
+@pytest.mark.parametrize("multiple, merge", [(40, (2, 2)), (28, (3, 3))])
+def test_images_are_filled_up_to_whole_tokens(multiple, merge):
+    backbone = dict(type="MoonViT", channels=8, num_layers=1, num_heads=2, hidden_channels=8, position_grid=(2, 2), merge=merge)
+    model = MODELS.build(dict(type="ImageClassifier", num_classes=2, backbone=backbone,
+                              data_preprocessor=dict(type="NativeResolutionPreprocessor", multiple=multiple)))
+    said = rf"^model\.data_preprocessor\.multiple: a token of MoonViT is {14 * merge[0]} pixels .*set it to {14 * merge[0]}"
+    with pytest.raises(ConfigError, match=said):
+        check_tokens(model, None, ("train_dataloader",))
 
 
 def test_packs_count_the_patches_that_the_model_makes():

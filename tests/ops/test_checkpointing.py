@@ -285,6 +285,20 @@ def test_autocast_holds_for_the_second_pass(policy, inside):
 
 
 @every_policy
+def test_autocast_and_a_block_that_is_used_twice(policy):
+    """Autocast casts a weight once and remembers it; a second pass, of one block, casts it anew. `selective` does without that memory."""
+    blocks, found = chain(3), []
+    for checkpointing in (policy, "none"):
+        blocks.zero_grad()
+        torch.manual_seed(0)
+        x = tokens()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=policy != "selective" or checkpointing == policy):
+            output = run_blocks([*blocks, blocks[0]], run_blocks(blocks, x, checkpointing=checkpointing), checkpointing=checkpointing)
+        found.append([output, *torch.autograd.grad(output.float().square().sum(), [x, *blocks.parameters()])])
+    assert_equal(*found)
+
+
+@every_policy
 def test_an_exception_in_the_second_pass_leaves_generator_and_statistics_as_they_were(policy):
     """Spec 05, test 7."""
     blocks = chain(4, nn.BatchNorm1d)

@@ -42,6 +42,13 @@ def test_wherever_the_padding_lies_the_packed_sequences_are_the_same(lengths, si
     assert all(map(torch.equal, again, given_))
 
 
+@pytest.mark.parametrize("valid", [torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 2).bool(), torch.ones(3).bool()], ids=str)
+def test_a_mask_of_numbers_or_of_another_shape_is_refused(valid):
+    """Numbers would be taken for places, without an error."""
+    with pytest.raises(ValueError, match=r"valid must be \[n, L\] bool, true on tokens, beside padded \[n, L, ...\]; got torch"):
+        PackedSequence.from_padded(torch.randn(2, 3, 4), valid)
+
+
 def test_chosen_sequences_keep_their_grids_and_gradients():
     tokens = [torch.randn(6, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)]
     packed = PackedSequence.pack(tokens, [(2, 3), (4, 1)])

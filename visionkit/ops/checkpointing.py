@@ -138,7 +138,8 @@ def recompute(block: Callable, *inputs: Any, checkpointing: Checkpointing | bool
             method of or that are among the arguments of a `functools.partial`; batch normalisation elsewhere is updated twice.
         inputs: anything; tensors in tuples, lists, dicts and dataclasses are kept as well as those by themselves.
         checkpointing: see `Checkpointing.of`; for a single block `sqrt` is `every`. With `selective` a graph can be gone through backwards
-            once only; a second time, as for gradients of gradients, is an error.
+            once only; a second time, as for gradients of gradients, is an error. Under autocast its blocks do without the memory of casts,
+            so that gradients of a weight that several blocks share are added up in float32.
         keywords: further inputs, by name.
 
     Inside `torch.compile` a block with batch normalisation, and any block with `selective`, runs uncompiled.

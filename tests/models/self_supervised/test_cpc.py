@@ -167,5 +167,11 @@ def test_a_model_that_could_not_learn_is_refused(changes, said):
     (images(2, (12, 20)), "more rows than the 2"), (ImageBatch(torch.zeros(2, 3, 24, 20), [(24, 20), (20, 20)]), "pad_divisor")],
     ids=["flat", "padded"])
 def test_images_that_leave_nothing_to_predict_are_refused(batch, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ConfigError, match=said):
         build().loss(batch, samples(2))
+
+
+@pytest.mark.parametrize("puzzle", [{"type": "FourRotations"}, {"type": "JigsawTiles", "tile": 6}])
+def test_a_puzzle_for_another_model_is_refused(puzzle):
+    with pytest.raises(ConfigError, match="model.puzzle: this model wants crops .* it is a puzzle for another model"):
+        build(puzzle=puzzle)(images(2, (24, 24)))

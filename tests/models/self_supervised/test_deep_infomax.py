@@ -194,9 +194,21 @@ def test_features_are_the_maps_the_layer_and_the_vector():
         "map0": (4, 8, 16, 16), "map1": (4, 12, 8, 8), "map2": (4, 16, 4, 4), "fc": (4, 32), "y": (4, 16)}
 
 
+@pytest.mark.parametrize("backbone, size", [
+    ({"type": "ResNet", "depth": 18}, (48, 80)), ({"type": "AlexNet"}, (67, 67)), ({"type": "NIN"}, (30, 30)),
+    ({"type": "ConvBlocks", "channels": (8, 16), "convs_per_block": 1}, (33, 40))], ids=lambda part: str(part))
+def test_any_backbone_takes_any_size_whether_it_rounds_up_or_down(backbone, size):
+    model = build(backbone=backbone, image_size=size, coordinate_weight=0.5)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert all(loss.isfinite() for loss in model.loss(images(3, size), samples(3)).values())
+
+
 @pytest.mark.parametrize("changes, said", [
     ({"beta": 0.0}, "alpha or beta more"), ({"local_map": 3}, "0 to 2; got 3"), ({"image_size": (4, 4)}, "larger image_size"),
-    ({"alpha": 1.0, "backbone": {"type": "ResNet", "depth": 18}}, "no copy_after")])
+    ({"alpha": 1.0, "backbone": {"type": "ResNet", "depth": 18}}, "no copy_after"),
+    ({"mi_loss": {"type": "NoiseContrastiveLoss"}}, "mi_loss: .* NoiseContrastiveLoss takes .*InfoNCELoss"),
+    ({"backbone": {"type": "ViT", "channels": 8, "num_layers": 1, "num_heads": 2}}, "reads maps, and ViT gives tokens")])
 def test_a_model_that_could_not_learn_is_refused(changes, said):
     with pytest.raises(ConfigError, match=said):
         build(**changes)
@@ -206,5 +218,5 @@ def test_a_model_that_could_not_learn_is_refused(changes, said):
     (images(1), "drop_last=True"), (images(2, (32, 40)), r"images of \(32, 32\) pixels, got sizes \[\(32, 40\)\]"),
     (ImageBatch(torch.zeros(2, 3, 32, 32), [(32, 32), (30, 32)]), "pad_divisor")], ids=["one", "wider", "padded"])
 def test_a_batch_that_cannot_teach_is_refused(batch, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ConfigError, match=said):
         build().loss(batch, samples(len(batch)))
