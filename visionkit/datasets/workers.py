@@ -31,9 +31,10 @@ def worker_init(worker_id: int) -> None:
     From then on the worker hands over tensors of up to `LARGEST_COPY` bytes as copies: PyTorch opens shared memory and a connection for
     each tensor, which takes longer than to make a small image.
     """
-    if hasattr(signal, "sigwaitinfo"):
+    parent = parent_process()
+    if parent and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_when_the_parent_says_so, args=(parent_process().pid,), daemon=True).start()
+        threading.Thread(target=_end_when_the_parent_says_so, args=(parent.pid,), daemon=True).start()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     load_plugins()
