@@ -534,12 +534,12 @@ def check_sample(model: nn.Module, first: Any, path: Path, training: bool) -> No
     """The first sample is one for a model of ours, and in training has what its loss reads."""
     if not isinstance(model, Model) or first is None:
         return
-    sample = first.get("data_samples") if isinstance(first, Mapping) else None
-    if not isinstance(sample, Sample) or "inputs" not in first:
+    if not isinstance(first, Mapping) or not {"inputs", "data_samples"} <= set(first):
         given = f"a dict of {', '.join(map(str, first)) or 'nothing'}" if isinstance(first, Mapping) else f"a {type(first).__name__}"
         raise ConfigError(f"a model takes dict(inputs=..., data_samples=...), and the pipeline ends with {given}; let it end with "
                           f"dict(type='PackSample')", (*path, "pipeline"))
-    absent = [field for field in model.learns_from if field not in sample]
+    sample = first["data_samples"]                           # several views of an image are a list
+    absent = [field for field in model.learns_from if isinstance(sample, Sample) and field not in sample]
     if absent and training:
         advice = {"gt_instances": "let its pipeline load them, with LoadAnnotations before PackSample, from a data set of objects",
                   "gt_label": "take a data set with labels, such as ImageFolder"}
