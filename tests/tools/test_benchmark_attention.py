@@ -1,6 +1,7 @@
 """The four studies at sizes that say nothing of speed, but all of what is compared, printed and drawn."""
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,12 @@ def test_wrong_settings_are_told(tool, capsys, arguments, message):
 
 
 def test_help_is_answered_before_anything_heavy_is_imported():
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "tools" / "benchmark_attention.py", "--help"], capture_output=True,
-                          text=True)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "tools" / "benchmark_attention.py", "--help"],
+                              capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
     assert "--lengths" in done.stdout
     assert " torch" not in done.stderr

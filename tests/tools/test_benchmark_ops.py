@@ -4,6 +4,7 @@ import math
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -47,8 +48,13 @@ def tiny(monkeypatch):
 
 
 def test_help_is_answered_before_anything_heavy_is_imported():
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "tools" / "benchmark_ops.py", "--help"], capture_output=True,
-                          text=True)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "tools" / "benchmark_ops.py", "--help"], capture_output=True,
+                              text=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
     assert "--repeats" in done.stdout
     assert " torch" not in done.stderr
 

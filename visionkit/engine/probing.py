@@ -50,7 +50,7 @@ class ProbeLoop(TestLoop):
         points: by a name of yours, `dict(feature="map1", pool=2)`: an entry of what the model's `extract_features` returns, averaged over a
             grid of 2x2 cells; `pool=None`, the default, takes the map as it is. A vector is taken as it is.
         seeds: of the networks at random initialisation, at least three; the probes draw their held-out images by them.
-        checkpoints: further checkpoints of the same pretraining with other seeds, so that the pretrained row has a spread.
+        checkpoints: one or more further checkpoints of the same pretraining with other seeds, so that the pretrained row has a spread.
 
     Raises:
         ConfigError: fewer than three seeds, no point, a point that the model does not have, training and test images that share a file or
@@ -58,7 +58,8 @@ class ProbeLoop(TestLoop):
     """
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, evaluator: Any, train_dataloader: DataLoader | Mapping[str, Any],
-                 points: Mapping[str, Mapping[str, Any]], seeds: Sequence[int] = (0, 1, 2), checkpoints: Sequence[str] = ()) -> None:
+                 points: Mapping[str, Mapping[str, Any]], seeds: Sequence[int] = (0, 1, 2),
+                 checkpoints: Sequence[str] | str = ()) -> None:
         checkpoints = [checkpoints] if isinstance(checkpoints, str) else checkpoints
         if not isinstance(seeds, Sequence) or len(set(seeds)) < max(FEWEST_SEEDS, len(seeds)):
             raise ConfigError(f"networks at random initialisation are needed from at least {FEWEST_SEEDS} different seeds, got {seeds}",

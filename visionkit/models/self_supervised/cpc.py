@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from visionkit.models.base import Model
 from visionkit.models.losses import info_nce
+from visionkit.models.self_supervised.answers import whole_images
 from visionkit.registry import BACKBONES, MODELS, TRANSFORMS, ConfigError
 from visionkit.structures import ImageBatch, InstanceData, Sample
 
@@ -62,13 +63,9 @@ class CPC(Model):
         """Codes and contexts of all crops.
 
         Raises:
-            ConfigError: images of several sizes, a puzzle that makes no crops, or too few rows of them for the farthest prediction.
+            ConfigError: padded images, a puzzle that makes no crops, or too few rows of them for the farthest prediction.
         """
-        if images.padded:
-            raise ConfigError(f"the crops of padded images would show padding; got sizes {sorted(set(images.sizes))} in a batch of "
-                              f"{tuple(images.tensor.shape[2:])}: resize or crop to one size in the pipeline, and mind pad_divisor",
-                              ("model", "data_preprocessor"))
-        crops = self.puzzle(images.tensor)                                                                  # [B, R, C, 3, P, P]
+        crops = self.puzzle(whole_images(images))                                                           # [B, R, C, 3, P, P]
         if not isinstance(crops, Tensor) or crops.ndim != 6:
             raise ConfigError(f"this model wants crops [B, R, C, 3, P, P] of its puzzle, and {type(self.puzzle).__name__} makes something "
                               f"else; it is a puzzle for another model", ("model", "puzzle"))
