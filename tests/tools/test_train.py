@@ -114,3 +114,12 @@ train_dataloader = dict(batch_size=2, num_workers={workers}, persistent_workers=
     assert "error: cannot read the image" in done.stderr
     assert "tools/check.py lists all such files" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_broken_first_image_is_told_before_training_with_the_same_advice(project, tool, capfd):
+    for picture in (project / "images").iterdir():
+        picture.write_bytes(picture.read_bytes()[:60])
+    assert tool("train", "config.py", "--work-dir", "work") == 2
+    told = capfd.readouterr().err
+    assert "error: train_dataloader.dataset.pipeline[0]: cannot read the image" in told
+    assert "tools/check.py lists all such files" in told

@@ -40,8 +40,9 @@ def run_command(command: Callable[[], int], traceback: bool = False) -> int:
 
 
 def _message(error: Exception) -> str:
-    if not isinstance(error, BrokenImageError):
-        return str(error)
-    last = str(error).strip().splitlines()[-1]               # from a data worker the message comes at the end of its traceback
-    return (f"{last.rpartition('BrokenImageError: ')[2]}\n"
-            f"tools/check.py lists all such files; on_error=\"skip\" in a training data set passes over them")
+    said = str(error)
+    if isinstance(error, BrokenImageError):                  # from a data worker the message comes at the end of its traceback
+        said = said.strip().splitlines()[-1].rpartition("BrokenImageError: ")[2]
+    if isinstance(error, BrokenImageError) or isinstance(error.__cause__, BrokenImageError):
+        said += "\ntools/check.py lists all such files; on_error=\"skip\" in a training data set passes over them"
+    return said
